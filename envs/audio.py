@@ -1,0 +1,90 @@
+"""Reading and writing audio: one channel of a recording, checked, at the sample rate that is asked for."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from envs.errors import InputError
+from envs.frames import samples_in
+
+
+def audio_info(path: Path) -> tuple[int, int, float]:
+    """Sample rate (Hz), number of channels and duration (s) of an audio file.
+
+    Raises:
+        InputError: there is no such file, or libsndfile cannot read it.
+    """
+    if not path.is_file():
+        raise InputError(f"recording {path} does not exist: check the manifest's `recording` paths")
+    try:
+        info = soundfile.info(str(path))
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"recording {path} cannot be read as audio ({error}): is it corrupt or empty?") from error
+    return info.samplerate, info.channels, info.frames / info.samplerate
+
+
+def read_audio(
+    path: Path, channel: int, sample_rate: int, start: float = 0.0, end: float | None = None, channels: int = 2
+) -> np.ndarray:
+    """One channel of a recording between two moments, mono float32 `(N,)` at `sample_rate`.
+
+    Args:
+        path: any format that libsndfile reads, at any sample rate.
+        channel: index of the channel, from 0.
+        sample_rate: Hz of the result; resampled with soxr (through librosa) where the file has another.
+        start, end: seconds in the recording; `end=None` reads to the end.
+        channels: how many channels the file must at least have (2 for a dialogue).
+
+    Raises:
+        InputError: missing, corrupt, empty or non-finite audio, too few channels, a channel or a time out of range.
+    """
+    rate, found, duration = audio_info(path)
+    if found < channels:
+        raise InputError(
+            f"recording {path} has {found} channel(s), {channels} are needed (one a speaker): "
+            "give a file with the two speakers on separate channels"
+        )
+    if not 0 <= channel < found:
+        raise InputError(f"channel {channel} of {path} is out of range: the file has channels 0 to {found - 1}")
+    end = duration if end is None else end
+    # A manifest rounds times to milliseconds, so the end may lie a hair beyond the last sample.
+    if not (0 <= start < end <= duration + 0.05):
+        raise InputError(f"{start:.3f}-{end:.3f} s lies outside {path}, which lasts {duration:.3f} s")
+    try:
+        data, _ = soundfile.read(
+            str(path),
+            start=samples_in(start, rate),
+            frames=samples_in(end - start, rate),
+            dtype="float32",
+            always_2d=True,
+        )
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"recording {path} cannot be read at {start:.3f} s ({error}): is it truncated?") from error
+    audio = np.ascontiguousarray(data[:, channel])
+    if audio.size == 0:
+        raise InputError(f"recording {path} holds no audio between {start:.3f} and {end:.3f} s: is it truncated?")
+    if not np.isfinite(audio).all():
+        raise InputError(f"recording {path} holds NaN or infinite samples on channel {channel}: repair or remove it")
+    return resample(audio, rate, sample_rate)
+
+
+def resample(audio: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """`(..., N)` float32 audio at another sample rate (soxr, high quality)."""
+    if source_rate == target_rate:
+        return audio
+    import librosa  # heavy: only where it is needed
+
+    return librosa.resample(audio, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq").astype(np.float32)
+
+
+def write_audio(path: Path, audio: np.ndarray, sample_rate: int) -> None:
+    """Write `(N,)` or `(N, channels)` audio, atomically (temporary name, then rename).
+
+    16-bit FLAC: lossless for everything that came from 16-bit audio, and half the size of WAV.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    soundfile.write(str(temporary), np.clip(audio, -1.0, 1.0), sample_rate)
+    os.replace(temporary, path)

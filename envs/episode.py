@@ -1,0 +1,163 @@
+"""An episode: one finished dialogue, with everything that rewards and learners need and no model."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from envs.audio import read_audio, write_audio
+from envs.errors import InputError
+from envs.frames import frame_at
+from envs.segments import Segment, parse_segment
+from envs.speech import Interval, SpeechDetector
+from envs.utterances import clip_intervals
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished dialogue. All times are *episode time*: 0 is its first sample, lead-in and context included.
+
+    Attributes:
+        segment: what was played.
+        user_audio, agent_audio: `(N,)` float32 at `sample_rate`.
+        sample_rate: Hz.
+        user_speech, agent_speech: speech intervals, sorted.
+        duration: seconds.
+        scored_from: where the segment, and with it the scored window, begins (lead-in + context).
+        text: the agent's words.
+        text_tokens: `(T,)` the text token drawn at each frame, or None where no policy spoke.
+        audio_tokens: `(n_q, T)` audio codes of agent and user as `LMModel.forward` takes them after the text stream;
+            -1 where a code never came to be (the acoustic codes of the last frame).
+        log_probs: `(T,)` log-probability of each text token under the distribution that it was drawn from.
+        policy_version: number of updates of the policy that acted.
+    """
+
+    segment: Segment
+    user_audio: np.ndarray
+    agent_audio: np.ndarray
+    sample_rate: int
+    user_speech: list[Interval]
+    agent_speech: list[Interval]
+    duration: float
+    scored_from: float = 0.0
+    text: str = ""
+    text_tokens: np.ndarray | None = None
+    audio_tokens: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
+    policy_version: int = 0
+
+    def at(self, recording_time: float) -> float:
+        """Episode time of a moment of the recording."""
+        return recording_time - self.segment.start + self.scored_from
+
+    def event_time(self, name: str) -> float | None:
+        """Episode time of the event (a moment), or None where the segment does not have it."""
+        value = self.segment.events.get(name)
+        return None if value is None else self.at(float(value))
+
+    def event_intervals(self, name: str) -> list[Interval] | None:
+        """Episode times of the event's intervals (one interval or a list of them), or None where there is none."""
+        value = self.segment.events.get(name)
+        if value is None:
+            return None
+        pairs = [value] if value and not isinstance(value[0], list | tuple) else value
+        return [Interval(self.at(float(start)), self.at(float(end))) for start, end in pairs]
+
+    @property
+    def scored_user_speech(self) -> list[Interval]:
+        """User speech within the scored window."""
+        return clip_intervals(self.user_speech, self.scored_from, self.duration)
+
+    @property
+    def scored_agent_speech(self) -> list[Interval]:
+        """Agent speech within the scored window; speech that runs into it counts from its beginning."""
+        return clip_intervals(self.agent_speech, self.scored_from, self.duration)
+
+    def frame_mask(self, frame_rate: float) -> np.ndarray:
+        """`(T,)` bool: the frames that belong to the segment, not to lead-in or context."""
+        count = 0 if self.text_tokens is None else len(self.text_tokens)
+        return np.arange(count) >= frame_at(self.scored_from, frame_rate)
+
+    def save(self, folder: Path) -> None:
+        """Write `episode.json`, `audio.flac` (left agent, right user) and `tokens.safetensors`, all or nothing."""
+        from safetensors.numpy import save_file
+
+        folder = Path(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        length = max(len(self.user_audio), len(self.agent_audio))
+        stereo = np.zeros((length, 2), dtype=np.float32)
+        stereo[: len(self.agent_audio), 0] = self.agent_audio
+        stereo[: len(self.user_audio), 1] = self.user_audio
+        write_audio(temporary / "audio.flac", stereo, self.sample_rate)
+        tokens = {
+            name: np.ascontiguousarray(value)
+            for name in ("text_tokens", "audio_tokens", "log_probs")
+            if (value := getattr(self, name)) is not None
+        }
+        save_file(tokens, str(temporary / "tokens.safetensors"))
+        record = {
+            # The recording stays where it is: an absolute path, so that the episode can be moved.
+            "segment": self.segment.to_json() | {"recording": str(self.segment.recording.resolve())},
+            "user_speech": self.user_speech,
+            "agent_speech": self.agent_speech,
+            "duration": self.duration,
+            "scored_from": self.scored_from,
+            "text": self.text,
+            "policy_version": self.policy_version,
+            "samples": [len(self.user_audio), len(self.agent_audio)],
+        }
+        (temporary / "episode.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Episode":
+        """Read what `save` wrote (the audio to 16 bits, everything else exactly).
+
+        Raises:
+            InputError: the folder is no episode, or one of its files is missing or damaged.
+        """
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "episode.json").read_text(encoding="utf-8"))
+            tokens = load_file(str(folder / "tokens.safetensors"))
+            audio, sample_rate = soundfile.read(str(folder / "audio.flac"), dtype="float32", always_2d=True)
+            segment = parse_segment(record["segment"], Path())
+            user_samples, agent_samples = record["samples"]
+            return cls(
+                segment=segment,
+                user_audio=np.ascontiguousarray(audio[:user_samples, 1]),
+                agent_audio=np.ascontiguousarray(audio[:agent_samples, 0]),
+                sample_rate=sample_rate,
+                user_speech=[Interval(*pair) for pair in record["user_speech"]],
+                agent_speech=[Interval(*pair) for pair in record["agent_speech"]],
+                duration=record["duration"],
+                scored_from=record["scored_from"],
+                text=record["text"],
+                policy_version=record["policy_version"],
+                **tokens,
+            )
+        except (OSError, KeyError, ValueError, TypeError, soundfile.LibsndfileError) as error:
+            raise InputError(f"{folder} is not a whole episode ({type(error).__name__}: {error})") from error
+
+
+def recorded_episode(segment: Segment, detector: SpeechDetector, sample_rate: int = 16000) -> Episode:
+    """The recording itself as an episode: the person whose place the model takes is the agent.
+
+    What the recorded person did is the human mark that a policy's scores are held against, and a check of a corpus.
+    """
+    user = read_audio(segment.recording, segment.user_channel, sample_rate, segment.start, segment.end)
+    agent = read_audio(segment.recording, segment.agent_channel, sample_rate, segment.start, segment.end)
+    user_speech, agent_speech = detector.detect([user, agent], sample_rate)
+    words = [str(word[0]) for word in segment.transcript if len(word) == 3 and word[2] == "agent"]
+    return Episode(
+        segment, user, agent, sample_rate, user_speech, agent_speech, len(user) / sample_rate, text=" ".join(words)
+    )

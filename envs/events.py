@@ -1,0 +1,58 @@
+"""Events that a manifest leaves out, found in the recording itself."""
+
+from dataclasses import replace
+
+from envs.episode import recorded_episode
+from envs.segments import Segment
+from envs.speech import SpeechDetector
+from envs.utterances import MAX_PAUSE_SECONDS, utterances
+
+BACKCHANNEL_SECONDS = 1.0
+EVENT_OF_AXIS = {
+    "pause_handling": "pauses",
+    "turn_taking": "user_turn_end",
+    "backchannel": "true_backchannels",
+    "user_interruption": "interruption",
+}
+
+
+def complete_events(
+    segments: list[Segment], detector: SpeechDetector, max_pause: float = MAX_PAUSE_SECONDS
+) -> list[Segment]:
+    """Segments that each have the event which their axis is scored by.
+
+    What is missing is read off the recording with the definitions of arXiv 2606.11167, section 3: the user's
+    pauses, the end of the user's first utterance, the recorded agent's utterances of at most a second, or the last
+    user utterance that begins before an agent utterance has ended (for an interruption, the one that barges in).
+
+    Raises:
+        InputError: the audio of such a segment cannot be read, or holds no user speech to read the event off.
+    """
+    return [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector, max_pause) for s in segments]
+
+
+def _complete(segment: Segment, detector: SpeechDetector, max_pause: float) -> Segment:
+    from envs.errors import InputError
+
+    episode = recorded_episode(segment, detector)
+    shift = segment.start  # the episode of the recording starts at the segment's start
+    user = utterances(episode.user_speech, max_pause)
+    agent = utterances(episode.agent_speech, max_pause)
+    if not user:
+        raise InputError(
+            f"segment '{segment.id}' of {segment.recording} holds no user speech on channel {segment.user_channel}: "
+            "is `user_channel` right?"
+        )
+    found: object
+    if segment.axis == "pause_handling":
+        found = [[p.start + shift, p.end + shift] for u in user for p in u.pauses]
+    elif segment.axis == "turn_taking":
+        found = user[0].end + shift
+    elif segment.axis == "backchannel":
+        short = [u for u in agent if u.duration <= BACKCHANNEL_SECONDS]
+        found = [[u.start + shift, u.end + shift] for u in short]
+    else:
+        barging = [u for u in user[1:] if any(a.start < u.start < a.end for a in agent)]
+        chosen = (barging or user[-1:])[0]
+        found = [chosen.start + shift, chosen.end + shift]
+    return replace(segment, events={**segment.events, EVENT_OF_AXIS[segment.axis]: found})

@@ -1,0 +1,204 @@
+"""Segments and their manifest: which window of which recording shows which of the four axes.
+
+A manifest is JSON Lines, one segment a line::
+
+    {"id": "d0-turn", "axis": "turn_taking", "recording": "d0.flac", "user_channel": 1, "start": 17.36, "end": 29.41,
+     "events": {"user_turn_end": 23.95}, "transcript": [["hello", [17.4, 17.9], "user"]]}
+
+`recording` is relative to the manifest. `start`, `end` and all `events` are seconds in the *recording*. `events` and
+`transcript` may be left out: what a reward needs and the manifest does not give is detected in the recording
+(`envs.events.complete_events`).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from envs.audio import audio_info
+from envs.errors import InputError
+
+SEGMENT_AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
+_REQUIRED = ("id", "axis", "recording", "user_channel", "start", "end")
+_OPTIONAL = ("events", "transcript")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A window of a two-channel recording that shows one axis.
+
+    Attributes:
+        id: unique in its manifest.
+        axis: one of `SEGMENT_AXES`.
+        recording: path of the audio file.
+        user_channel: channel of the user; the agent's recorded channel is the other of the first two.
+        start, end: seconds in the recording.
+        events: by name, in seconds of the recording: `pauses` [[s, e], ...], `user_turn_end` s,
+            `true_backchannels` [[s, e], ...], `interruption` [s, e] (the user's interrupting utterance).
+        transcript: `[[word, [start, end], "user" | "agent"], ...]`, empty where it is not known.
+    """
+
+    id: str
+    axis: str
+    recording: Path
+    user_channel: int
+    start: float
+    end: float
+    events: dict[str, Any] = field(default_factory=dict)
+    transcript: tuple = ()
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+    @property
+    def agent_channel(self) -> int:
+        return 1 - self.user_channel if self.user_channel in (0, 1) else 0
+
+    def to_json(self, relative_to: Path | None = None) -> dict[str, Any]:
+        """The manifest's line as a dictionary, with the recording relative to a folder."""
+        path = self.recording if relative_to is None else Path(os.path.relpath(self.recording, relative_to))
+        return {
+            "id": self.id,
+            "axis": self.axis,
+            "recording": path.as_posix(),
+            "user_channel": self.user_channel,
+            "start": self.start,
+            "end": self.end,
+            "events": self.events,
+            "transcript": list(self.transcript),
+        }
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_events(events: Any, start: float, end: float) -> str | None:
+    """What is wrong with the events of a segment, or None."""
+    if not isinstance(events, dict):
+        return f"`events` must be an object, found {type(events).__name__}"
+    for name, value in events.items():
+        moments = [value] if _number(value) else value
+        if not isinstance(moments, list):
+            return f"event '{name}' must be a time, an interval or a list of them, found {value!r}"
+        for moment in moments:
+            times = moment if isinstance(moment, list) else [moment]
+            if not all(_number(t) for t in times):
+                return f"event '{name}' holds {moment!r}, which is not a time in seconds"
+            if any(not start - 1e-3 <= t <= end + 1e-3 for t in times):
+                return (
+                    f"event '{name}' at {moment} lies outside the segment {start}-{end} s "
+                    "(events are in seconds of the recording)"
+                )
+    return None
+
+
+def parse_segment(row: Any, folder: Path) -> Segment:
+    """A segment from a line's JSON value.
+
+    Raises:
+        InputError: what is wrong, without the line number (the manifest reader adds it).
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"a segment must be a JSON object, found {type(row).__name__}")
+    missing = [key for key in _REQUIRED if key not in row]
+    if missing:
+        raise InputError(f"missing {', '.join(f'`{key}`' for key in missing)}")
+    unknown = sorted(set(row) - set(_REQUIRED) - set(_OPTIONAL))
+    if unknown:
+        raise InputError(f"unknown key `{unknown[0]}`: the keys are {', '.join(_REQUIRED + _OPTIONAL)}")
+    if not isinstance(row["id"], str) or not row["id"]:
+        raise InputError(f"`id` must be a non-empty string, found {row['id']!r}")
+    if row["axis"] not in SEGMENT_AXES:
+        raise InputError(f"unknown axis {row['axis']!r}: the axes of segments are {', '.join(SEGMENT_AXES)}")
+    if not isinstance(row["recording"], str) or not row["recording"]:
+        raise InputError(f"`recording` must be a path, found {row['recording']!r}")
+    channel = row["user_channel"]
+    if not isinstance(channel, int) or isinstance(channel, bool) or channel < 0:
+        raise InputError(f"`user_channel` must be a channel index from 0, found {channel!r}")
+    start, end = row["start"], row["end"]
+    if not (_number(start) and _number(end) and 0 <= start < end):
+        raise InputError(f"`start` and `end` must be seconds with 0 <= start < end, found {start!r} and {end!r}")
+    events = row.get("events") or {}
+    wrong = _check_events(events, start, end)
+    if wrong:
+        raise InputError(wrong)
+    transcript = row.get("transcript") or []
+    if not isinstance(transcript, list):
+        raise InputError(f"`transcript` must be a list of [word, [start, end], speaker], found {transcript!r}")
+    return Segment(
+        row["id"],
+        row["axis"],
+        folder / row["recording"],
+        channel,
+        float(start),
+        float(end),
+        events,
+        tuple(tuple(word) if isinstance(word, list) else word for word in transcript),
+    )
+
+
+def read_manifest(path: Path) -> list[Segment]:
+    """All segments of a manifest, each checked against the header of its recording.
+
+    Raises:
+        InputError: the manifest is missing or empty, or one of its lines is wrong (with the line's number).
+    """
+    if not path.is_file():
+        raise InputError(f"manifest {path} does not exist: give the path of a segments.jsonl")
+    segments: list[Segment] = []
+    headers: dict[Path, tuple[int, int, float]] = {}
+    seen: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"manifest {path} is not UTF-8 text ({error}): is this a segments.jsonl?") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            segment = parse_segment(json.loads(line), path.parent)
+            if segment.id in seen:
+                raise InputError(f"id '{segment.id}' was already used on line {seen[segment.id]}: ids must be unique")
+            if segment.recording not in headers:
+                headers[segment.recording] = audio_info(segment.recording)
+            _check_recording(segment, *headers[segment.recording][1:])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+        seen[segment.id] = number
+        segments.append(segment)
+    if not segments:
+        raise InputError(f"manifest {path} holds no segment: give at least one line")
+    return segments
+
+
+def _check_recording(segment: Segment, channels: int, duration: float) -> None:
+    if channels < 2:
+        raise InputError(
+            f"recording {segment.recording} has {channels} channel(s), 2 are needed (one a speaker): "
+            "give a file with the two speakers on separate channels"
+        )
+    if segment.user_channel >= channels:
+        raise InputError(
+            f"`user_channel` {segment.user_channel} is out of range: {segment.recording} has channels 0 to {channels - 1}"
+        )
+    if segment.end > duration + 0.05:
+        raise InputError(
+            f"segment {segment.start}-{segment.end} s lies outside {segment.recording}, which lasts {duration:.3f} s"
+        )
+
+
+def write_manifest(path: Path, segments: Iterable[Segment]) -> None:
+    """Write a manifest atomically, recordings relative to its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for segment in segments:
+            file.write(json.dumps(segment.to_json(path.parent), ensure_ascii=False) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,198 @@
+"""Where somebody speaks: the `SpeechDetector` protocol and its two implementations, Silero and energy.
+
+Both take a padded batch of mono audio and give speech intervals in seconds. Detection is batched over episodes: a
+rollout of 128 dialogues is one call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from envs.audio import resample
+from envs.errors import InputError
+
+
+class Interval(NamedTuple):
+    """A stretch of time in seconds, `start` inclusive, `end` exclusive."""
+
+    start: float
+    end: float
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+    def overlap(self, other: "Interval") -> float:
+        """Seconds that both share (0 where they do not meet)."""
+        return max(0.0, min(self.end, other.end) - max(self.start, other.start))
+
+
+class SpeechDetector(Protocol):
+    """Finds speech in a batch of audio."""
+
+    def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
+        """Speech intervals of each clip, in time order, in seconds from its start.
+
+        Args:
+            audio: B mono clips `(N_b,)`, float32 in [-1, 1], of any lengths (0 included).
+            sample_rate: Hz of all of them.
+        """
+        ...
+
+
+def pad_batch(clips: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
+    """Clips of different lengths as one zero-padded tensor `(B, N)` and their lengths in samples."""
+    lengths = [len(clip) for clip in clips]
+    batch = torch.zeros(len(clips), max(lengths, default=0))
+    for row, clip in zip(batch, clips, strict=True):
+        row[: len(clip)] = torch.as_tensor(clip)
+    return batch, lengths
+
+
+@dataclass
+class SileroDetector:
+    """Silero VAD over a whole batch at once.
+
+    The stock package runs one clip, one 32 ms window at a time. Here the windows of all clips go through the
+    convolutions together and through the LSTM as one sequence with a batch dimension; the probabilities are the same
+    (tested), and so is the rule that turns them into intervals, which is the package's own.
+
+    Sample rates of 8 and 16 kHz are used as they are; any other is resampled to 16 kHz (feeding 24 kHz audio as if it
+    were 16 kHz is a fault of the official Full-Duplex-Bench scripts).
+
+    Attributes:
+        threshold: speech probability from which a window counts as speech.
+        min_speech_seconds: shorter speech is dropped.
+        min_silence_seconds: a shorter silence does not end an interval.
+        pad_seconds: added on both sides of an interval.
+        device: where the network runs.
+    """
+
+    threshold: float = 0.5
+    min_speech_seconds: float = 0.2
+    min_silence_seconds: float = 0.1
+    pad_seconds: float = 0.03
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        threads = torch.get_num_threads()
+        from silero_vad import load_silero_vad
+
+        torch.set_num_threads(threads)  # importing silero_vad sets the whole process to one thread
+        model = load_silero_vad().to(self.device)
+        self._networks = {16000: model._model, 8000: model._model_8k}
+        self._recurrent = {rate: _as_lstm(network.decoder.rnn) for rate, network in self._networks.items()}
+
+    @torch.no_grad()
+    def probabilities(self, audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+        """Speech probability of each 32 ms window, `(B, windows)`, of audio `(B, N)` at 8 or 16 kHz."""
+        network, recurrent = self._networks[sample_rate], self._recurrent[sample_rate]
+        window, context = (512, 64) if sample_rate == 16000 else (256, 32)
+        batch, samples = audio.shape
+        count = -(-samples // window)
+        padded = torch.nn.functional.pad(audio.to(self.device), (context, count * window - samples))
+        # Each window is seen with the last samples of the one before it (zeros before the first).
+        windows = padded.unfold(1, window + context, window).reshape(batch * count, window + context)
+        features = [network.encoder(network.run_extractors(part)) for part in windows.split(8192)]
+        sequence = torch.cat(features).reshape(batch, count, -1)
+        hidden, _ = recurrent(sequence)
+        flat = hidden.reshape(batch * count, -1, 1)
+        return network.decoder.decoder(flat).reshape(batch, count).cpu()
+
+    def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
+        """See `SpeechDetector.detect`."""
+        from silero_vad.utils_vad import get_speech_timestamps_from_probs
+
+        clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
+        rate = sample_rate if sample_rate in self._networks else 16000
+        if rate != sample_rate:
+            clips = [resample(clip, sample_rate, rate) if len(clip) else clip for clip in clips]
+        batch, lengths = pad_batch(clips)
+        if batch.numel() == 0:
+            return [[] for _ in clips]
+        probabilities = self.probabilities(batch, rate)
+        window = 512 if rate == 16000 else 256
+        found = []
+        for row, length in zip(probabilities, lengths, strict=True):
+            stamps = get_speech_timestamps_from_probs(
+                row[: -(-length // window)].tolist(),
+                sampling_rate=rate,
+                threshold=self.threshold,
+                min_speech_duration_ms=self.min_speech_seconds * 1000,
+                min_silence_duration_ms=self.min_silence_seconds * 1000,
+                speech_pad_ms=self.pad_seconds * 1000,
+                audio_length_samples=length,
+                step=1,
+            )
+            found.append([Interval(stamp["start"] / rate, stamp["end"] / rate) for stamp in stamps])
+        return found
+
+
+def _as_lstm(cell: torch.nn.Module) -> torch.nn.LSTM:
+    """The same recurrent layer for a whole sequence: one call instead of one for every window."""
+    lstm = torch.nn.LSTM(cell.weight_ih.shape[1], cell.weight_hh.shape[1], batch_first=True)
+    lstm.load_state_dict({f"{name}_l0": parameter.detach() for name, parameter in cell.named_parameters()})
+    return lstm.to(cell.weight_ih.device).eval()
+
+
+@dataclass
+class EnergyDetector:
+    """Speech where the short-time energy stands above the clip's noise floor: fast, no network, clean audio only.
+
+    Attributes:
+        frame_seconds: hop of the energy measurement.
+        above_floor_db: how far above the noise floor (10th percentile of the energy) speech must stand.
+        min_level_db: never speech below this level (dB full scale), so that digital silence stays silent.
+        min_speech_seconds, min_silence_seconds: as in `SileroDetector`.
+    """
+
+    frame_seconds: float = 0.02
+    above_floor_db: float = 12.0
+    min_level_db: float = -50.0
+    min_speech_seconds: float = 0.2
+    min_silence_seconds: float = 0.1
+
+    def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
+        """See `SpeechDetector.detect`."""
+        return [self._detect_one(np.asarray(clip, dtype=np.float32), sample_rate) for clip in audio]
+
+    def _detect_one(self, clip: np.ndarray, sample_rate: int) -> list[Interval]:
+        import librosa
+        from scipy import ndimage
+
+        hop = max(1, round(self.frame_seconds * sample_rate))
+        if len(clip) < hop:
+            return []
+        energy = librosa.feature.rms(y=clip, frame_length=2 * hop, hop_length=hop)[0]
+        level = 20 * np.log10(np.maximum(energy, 1e-6))
+        loud = level > max(self.min_level_db, float(np.percentile(level, 10)) + self.above_floor_db)
+        # A clip that is loud throughout has no floor of its own: then the absolute level decides.
+        if not loud.any() and np.median(level) > self.min_level_db + self.above_floor_db:
+            loud = level > self.min_level_db
+        gap = max(1, round(self.min_silence_seconds / self.frame_seconds))
+        closed = ndimage.binary_closing(np.pad(loud, gap), np.ones(gap))[gap:-gap]
+        runs, count = ndimage.label(closed)
+        intervals = []
+        for (span,) in ndimage.find_objects(runs, count):
+            start, end = span.start * hop / sample_rate, min(span.stop * hop, len(clip)) / sample_rate
+            if end - start >= self.min_speech_seconds:
+                intervals.append(Interval(start, end))
+        return intervals
+
+
+def make_detector(name: str, **options: object) -> SpeechDetector:
+    """The detector of that name: `silero` or `energy`.
+
+    Raises:
+        InputError: another name, or an option that the detector does not have.
+    """
+    detectors = {"silero": SileroDetector, "energy": EnergyDetector}
+    if name not in detectors:
+        raise InputError(f"unknown speech detector '{name}': choose one of {', '.join(detectors)}")
+    try:
+        return detectors[name](**options)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"speech detector '{name}': {error}") from error

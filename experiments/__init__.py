@@ -1,0 +1,1 @@
+"""Recipes that produce something: models, runs, benchmarks."""

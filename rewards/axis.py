@@ -1,0 +1,189 @@
+"""The reward axis: what it is, how one is found by name, and the checks on what it returns.
+
+To add an axis, write a class like this one in a file of your own and name it in the config::
+
+    @register_axis
+    class Overlap(RewardAxis):
+        \"\"\"Minus the seconds in which agent and user speak at once.\"\"\"
+
+        name = "overlap"
+        applies_to = ("turn_taking", "pause_handling")
+
+        def score_episode(self, episode):
+            seconds = sum(a.overlap(u) for a in episode.scored_agent_speech for u in episode.scored_user_speech)
+            return Score(-seconds, {"overlap_seconds": seconds})
+
+and in the config `rewards: {overlap: {weight: 1.0, target: my_axes.py}}`. Options of the constructor are written next
+to `weight`.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from envs.episode import Episode
+from envs.errors import InputError
+from envs.segments import SEGMENT_AXES
+
+ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an axis says of an episode.
+
+    Attributes:
+        value: the reward; higher is better.
+        details: what it was made of, by name (seconds, counts, intervals as `[start, end]`), for logs and timelines.
+    """
+
+    value: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class RewardAxis:
+    """One reason to prefer one episode to another.
+
+    Class attributes:
+        name: by which config, logs and reports know it.
+        applies_to: axes of the segments that it scores.
+    """
+
+    name: ClassVar[str]
+    applies_to: ClassVar[tuple[str, ...]] = SEGMENT_AXES
+
+    def score(self, episodes: Sequence[Episode]) -> list[Score | None]:
+        """A score for each episode, in order; None where the axis does not apply or could not judge.
+
+        Override this one where a batch can be scored faster than one by one (a model, a judge over the network).
+        """
+        return [self.score_episode(e) if e.segment.axis in self.applies_to else None for e in episodes]
+
+    def score_episode(self, episode: Episode) -> Score | None:
+        """The score of one episode of a segment that the axis applies to."""
+        raise TypeError(f"reward axis '{self.name}' defines neither score nor score_episode: define one of them")
+
+
+Axis = TypeVar("Axis", bound=type[RewardAxis])
+_REGISTRY: dict[str, type[RewardAxis]] = {}
+
+
+def register_axis(cls: Axis) -> Axis:
+    """Class decorator: makes an axis known by its `name`.
+
+    Raises:
+        InputError: no name, or another class has it already.
+    """
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name:
+        raise InputError(f"reward axis {cls.__module__}.{cls.__qualname__} has no `name`: give it one")
+    known = _REGISTRY.get(name)
+    # The same file read twice (a path in the config, a notebook cell run again) defines the same class anew.
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise InputError(
+            f"reward axis '{name}' is defined twice, by {known.__module__}.{known.__qualname__} and "
+            f"{cls.__module__}.{cls.__qualname__}: rename one"
+        )
+    _REGISTRY[name] = cls
+    return cls
+
+
+def registered_axes() -> dict[str, type[RewardAxis]]:
+    """All axes known by name: the built-in ones, and those of installed packages (entry points)."""
+    import rewards  # registers the built-in axes
+
+    del rewards
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name not in _REGISTRY:
+            register_axis(entry.load())
+    return dict(_REGISTRY)
+
+
+def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
+    """The class of an axis: by its registered name, or from `target`.
+
+    Args:
+        name: as in the config.
+        target: `module:Class`, or the path of a Python file that defines the axis of that name.
+
+    Raises:
+        InputError: nothing of that name, or the target cannot be imported or is no axis.
+    """
+    if target is None:
+        known = registered_axes()
+        if name not in known:
+            raise InputError(
+                f"unknown reward axis '{name}': the known ones are {', '.join(sorted(known))}; "
+                "give `target: module:Class` or a file for one of your own"
+            )
+        return known[name]
+    try:
+        if target.endswith(".py"):
+            cls = _from_file(name, Path(target))
+        else:
+            module, _, attribute = target.partition(":")
+            if not attribute:
+                raise InputError(f"reward axis '{name}': target '{target}' is neither module:Class nor a .py file")
+            cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise InputError(f"reward axis '{name}': target '{target}' cannot be imported ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, RewardAxis)):
+        raise InputError(f"reward axis '{name}': target '{target}' is not a subclass of rewards.RewardAxis")
+    return cls
+
+
+def _from_file(name: str, path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"reward axis '{name}': file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"rewards_of_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"reward axis '{name}': {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, RewardAxis) and getattr(value, "name", None) == name:
+            return value
+    raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name")
+
+
+def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxis:
+    """An axis with its options.
+
+    Raises:
+        InputError: as `find_axis`, or an option that the axis does not take.
+    """
+    cls: Callable[..., RewardAxis] = find_axis(name, target)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise InputError(f"reward axis '{name}': {error}") from error
+
+
+def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score | None]:
+    """`axis.score`, with what it returns held against the contract.
+
+    Raises:
+        ValueError: a wrong length, a type that is no Score, or a value that is not finite; names axis and episode.
+    """
+    scores = axis.score(episodes)
+    if len(scores) != len(episodes):
+        raise ValueError(f"reward axis '{axis.name}' gave {len(scores)} scores for {len(episodes)} episodes")
+    for score, episode in zip(scores, episodes, strict=True):
+        if score is None:
+            continue
+        if not isinstance(score, Score):
+            raise ValueError(
+                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': expected a Score or None, "
+                f"found {type(score).__name__}"
+            )
+        if not math.isfinite(score.value):
+            raise ValueError(
+                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': the value {score.value} is "
+                "not finite; return None where an episode cannot be judged"
+            )
+    return list(scores)
