@@ -123,6 +123,7 @@ class Episode:
         Raises:
             InputError: the folder is no episode, or one of its files is missing or damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         folder = Path(folder)
@@ -145,7 +146,7 @@ class Episode:
                 policy_version=record["policy_version"],
                 **tokens,
             )
-        except (OSError, KeyError, ValueError, TypeError, soundfile.LibsndfileError) as error:
+        except (OSError, KeyError, ValueError, TypeError, SafetensorError, soundfile.LibsndfileError) as error:
             raise InputError(f"{folder} is not a whole episode ({type(error).__name__}: {error})") from error
 
 

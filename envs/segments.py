@@ -77,6 +77,32 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+# What each event that a built-in axis reads must look like; events of a user's own axis may take any of these forms.
+_EVENT_FORMS = {
+    "pauses": "intervals",
+    "user_turn_end": "time",
+    "true_backchannels": "intervals",
+    "interruption": "interval",
+}
+_FORM_NAMES = {
+    "time": "a time",
+    "interval": "one interval [start, end]",
+    "intervals": "a list of intervals [[start, end], ...]",
+}
+
+
+def _interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value)) and value[0] <= value[1]
+
+
+def _has_form(value: Any, form: str) -> bool:
+    if form == "time":
+        return _number(value)
+    if form == "interval":
+        return _interval(value)
+    return isinstance(value, list) and all(map(_interval, value))
+
+
 def _check_events(events: Any, start: float, end: float) -> str | None:
     """What is wrong with the events of a segment, or None."""
     if not isinstance(events, dict):
@@ -94,6 +120,9 @@ def _check_events(events: Any, start: float, end: float) -> str | None:
                     f"event '{name}' at {moment} lies outside the segment {start}-{end} s "
                     "(events are in seconds of the recording)"
                 )
+        form = _EVENT_FORMS.get(name)
+        if form and not _has_form(value, form):
+            return f"event '{name}' must be {_FORM_NAMES[form]}, found {value!r}"
     return None
 
 

@@ -20,9 +20,11 @@ to `weight`.
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -129,6 +131,9 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
             module, _, attribute = target.partition(":")
             if not attribute:
                 raise InputError(f"reward axis '{name}': target '{target}' is neither module:Class nor a .py file")
+            # A console script, unlike `python -m`, does not look for modules in the working directory.
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
             cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(f"reward axis '{name}': target '{target}' cannot be imported ({error})") from error
@@ -144,6 +149,7 @@ def _from_file(name: str, path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise InputError(f"reward axis '{name}': {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, RewardAxis) and getattr(value, "name", None) == name:
@@ -171,6 +177,8 @@ def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score 
         ValueError: a wrong length, a type that is no Score, or a value that is not finite; names axis and episode.
     """
     scores = axis.score(episodes)
+    if not isinstance(scores, list | tuple):
+        raise ValueError(f"reward axis '{axis.name}': score must return a list, found {type(scores).__name__}")
     if len(scores) != len(episodes):
         raise ValueError(f"reward axis '{axis.name}' gave {len(scores)} scores for {len(episodes)} episodes")
     for score, episode in zip(scores, episodes, strict=True):
@@ -180,6 +188,11 @@ def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score 
             raise ValueError(
                 f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': expected a Score or None, "
                 f"found {type(score).__name__}"
+            )
+        if not isinstance(score.value, Real):
+            raise ValueError(
+                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': the value must be a number, "
+                f"found {type(score.value).__name__}"
             )
         if not math.isfinite(score.value):
             raise ValueError(

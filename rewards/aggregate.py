@@ -1,0 +1,78 @@
+"""Several axes as one reward: which ones, with what weight, and their weighted sum."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from envs.episode import Episode
+from envs.errors import InputError
+from rewards.axis import Score, checked_scores, make_axis
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One axis of a `RewardFunction`, as the config writes it.
+
+    Attributes:
+        weight: its factor in the sum; 0 scores and logs the axis without training on it.
+        target: `module:Class` or a Python file, for an axis that is not registered.
+        options: keyword arguments of its constructor.
+    """
+
+    weight: float = 1.0
+    target: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> "RewardSpec":
+        """From `{weight: 1.0, target: ..., <option>: ...}`, where whatever is neither weight nor target is an option."""
+        options = dict(config or {})
+        return cls(options.pop("weight", 1.0), options.pop("target", None), options)
+
+
+class RewardFunction:
+    """All axes of a run.
+
+    Attributes:
+        axes: the axes by the name that the config gives them.
+        weights: their factors in the sum, by the same names.
+
+    Raises:
+        InputError: no axis at all, an unknown axis or option, or a weight that is not a finite number.
+    """
+
+    def __init__(self, specs: Mapping[str, RewardSpec]) -> None:
+        if not specs:
+            raise InputError("no reward axis is configured: give at least one under `rewards`")
+        for name, spec in specs.items():
+            number = isinstance(spec.weight, int | float) and not isinstance(spec.weight, bool)
+            if not number or not math.isfinite(spec.weight):
+                raise InputError(f"reward axis '{name}': `weight` must be a finite number, found {spec.weight!r}")
+        self.axes = {name: make_axis(name, spec.target, **spec.options) for name, spec in specs.items()}
+        self.weights = {name: float(spec.weight) for name, spec in specs.items()}
+
+    def __call__(self, episodes: Sequence[Episode]) -> list[dict[str, Score | None]]:
+        """The score of every axis, by name, for each of the B episodes; None where an axis does not apply.
+
+        Raises:
+            ValueError: an axis breaks its contract (`rewards.axis.checked_scores`).
+        """
+        columns = {name: checked_scores(axis, episodes) for name, axis in self.axes.items()}
+        return [{name: column[index] for name, column in columns.items()} for index in range(len(episodes))]
+
+    def total(self, scores: Mapping[str, Score | None]) -> float:
+        """The weighted sum over the axes that gave a score (0 where none did)."""
+        return sum((self.weights[name] * score.value for name, score in scores.items() if score is not None), 0.0)
+
+    def values(self, scores: Sequence[Mapping[str, Score | None]]) -> dict[str, np.ndarray]:
+        """The values alone, `(B,)` float64 for each axis, NaN where there is no score.
+
+        Reshaped to `(groups, G)` this is what `rlhf_duplex.algorithms.advantages.combine_advantages` takes.
+        """
+        return {
+            name: np.array([math.nan if (score := row[name]) is None else float(score.value) for row in scores])
+            for name in self.axes
+        }

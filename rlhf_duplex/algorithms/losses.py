@@ -1,0 +1,76 @@
+"""The policy losses: pure functions from tensors to tensors.
+
+Shapes: `B` episodes, `T` frames, `V` text vocabulary. A mask `(B, T)` is True at the frames that count: those of the
+segment, not of lead-in, context or padding.
+"""
+
+import torch
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over each episode's own frames: `(B, T)` to `(B,)`; 0 for an episode with no frame.
+
+    `torch.where` and not a product: a NaN outside the mask stays outside.
+    """
+    counted = torch.where(mask, values, torch.zeros_like(values))
+    return counted.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+
+
+def exact_kl(log_policy: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
+    """KL[policy || reference] over the whole vocabulary, `(..., V)` log-probabilities to `(...)`.
+
+    A token that the policy never draws (-inf under top-k) contributes nothing.
+    """
+    probability = log_policy.exp()
+    difference = torch.where(probability > 0, log_policy - log_reference, torch.zeros_like(log_policy))
+    return (probability * difference).sum(dim=-1)
+
+
+def entropy(log_policy: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of `(..., V)` log-probabilities, `(...)`."""
+    probability = log_policy.exp()
+    return -torch.where(probability > 0, probability * log_policy, torch.zeros_like(log_policy)).sum(dim=-1)
+
+
+def grpo_loss(
+    log_probs: torch.Tensor,
+    behaviour_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    kl: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float = 0.2,
+    kl_beta: float = 0.01,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped policy-gradient loss with a KL penalty (arXiv 2606.11167, section 3; GRPO, arXiv 2402.03300, eq. 3).
+
+        L = -1/B sum_b 1/N_b sum_n [ min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL_n ]
+
+    Args:
+        log_probs: `(B, T)` of the text tokens under the policy that is trained.
+        behaviour_log_probs: `(B, T)` under the policy that acted.
+        advantages: `(B,)`, one for a whole episode.
+        kl: `(B, T)` KL[policy || reference] at each frame.
+        mask: `(B, T)` bool.
+        clip: eps.
+        kl_beta: beta.
+
+    Returns:
+        The loss, and detached diagnostics: `kl`, `approx_kl` (of behaviour to trained policy, Schulman's k3),
+        `clip_fraction`, `ratio_mean`, `ratio_max`.
+    """
+    # Masked before the exponential: a gradient of exp at garbage would be NaN even where the value is dropped.
+    log_ratio = torch.where(mask, log_probs - behaviour_log_probs, torch.zeros_like(log_probs))
+    ratio = log_ratio.exp()
+    gain = advantages[:, None]
+    objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
+    loss = -(masked_mean(objective, mask) - kl_beta * masked_mean(kl, mask)).mean()
+    with torch.no_grad():
+        clipped = ((ratio - 1).abs() > clip).float()
+        diagnostics = {
+            "kl": masked_mean(kl, mask).mean(),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask).mean(),
+            "clip_fraction": masked_mean(clipped, mask).mean(),
+            "ratio_mean": masked_mean(ratio, mask).mean(),
+            "ratio_max": ratio.max(),
+        }
+    return loss, diagnostics
