@@ -26,7 +26,12 @@ def audio_info(path: Path) -> tuple[int, int, float]:
 
 
 def read_audio(
-    path: Path, channel: int, sample_rate: int, start: float = 0.0, end: float | None = None, channels: int = 2
+    path: Path,
+    channel: int,
+    sample_rate: int,
+    start: float = 0.0,
+    end: float | None = None,
+    channels: int = 2,
 ) -> np.ndarray:
     """One channel of a recording between two moments, mono float32 `(N,)` at `sample_rate`.
 

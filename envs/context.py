@@ -39,5 +39,8 @@ class ContextSchedule:
 
     def draw(self, rng: np.random.Generator, progress: float) -> float:
         """Seconds of context for one group."""
-        use, share = rng.random(), rng.random()  # two draws always, so that the stream does not depend on the outcome
+        use, share = (
+            rng.random(),
+            rng.random(),
+        )  # two draws always, so that the stream does not depend on the outcome
         return share * self.limit(progress) if use < self.probability else 0.0

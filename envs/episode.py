@@ -146,7 +146,14 @@ class Episode:
                 policy_version=record["policy_version"],
                 **tokens,
             )
-        except (OSError, KeyError, ValueError, TypeError, SafetensorError, soundfile.LibsndfileError) as error:
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            TypeError,
+            SafetensorError,
+            soundfile.LibsndfileError,
+        ) as error:
             raise InputError(f"{folder} is not a whole episode ({type(error).__name__}: {error})") from error
 
 
@@ -160,5 +167,12 @@ def recorded_episode(segment: Segment, detector: SpeechDetector, sample_rate: in
     user_speech, agent_speech = detector.detect([user, agent], sample_rate)
     words = [str(word[0]) for word in segment.transcript if len(word) == 3 and word[2] == "agent"]
     return Episode(
-        segment, user, agent, sample_rate, user_speech, agent_speech, len(user) / sample_rate, text=" ".join(words)
+        segment,
+        user,
+        agent,
+        sample_rate,
+        user_speech,
+        agent_speech,
+        len(user) / sample_rate,
+        text=" ".join(words),
     )

@@ -131,7 +131,7 @@ class SileroDetector:
         return found
 
 
-def _as_lstm(cell: torch.nn.Module) -> torch.nn.LSTM:
+def _as_lstm(cell: torch.nn.LSTMCell) -> torch.nn.LSTM:
     """The same recurrent layer for a whole sequence: one call instead of one for every window."""
     lstm = torch.nn.LSTM(cell.weight_ih.shape[1], cell.weight_hh.shape[1], batch_first=True)
     lstm.load_state_dict({f"{name}_l0": parameter.detach() for name, parameter in cell.named_parameters()})
@@ -193,6 +193,6 @@ def make_detector(name: str, **options: object) -> SpeechDetector:
     if name not in detectors:
         raise InputError(f"unknown speech detector '{name}': choose one of {', '.join(detectors)}")
     try:
-        return detectors[name](**options)  # type: ignore[arg-type]
+        return detectors[name](**options)
     except TypeError as error:
         raise InputError(f"speech detector '{name}': {error}") from error

@@ -1,0 +1,179 @@
+"""The mechanics that the single and the vector environment share: what the user says, and how a dialogue is finished.
+
+Shapes: `B` dialogues, `T` frames (of the longest), `N` samples.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from envs.audio import read_audio
+from envs.codec import Codec
+from envs.episode import Episode
+from envs.errors import InputError
+from envs.frames import frame_at, frames_in, samples_in
+from envs.segments import Segment
+from envs.speech import Interval, SpeechDetector
+
+
+class RewardFunction(Protocol):
+    """What an environment scores finished episodes with; `rewards.RewardFunction` is one."""
+
+    def __call__(self, episodes: Sequence[Episode]) -> Sequence[Mapping[str, Any]]:
+        """For each episode, by axis, a score with a `value`, or None where the axis does not apply."""
+        ...
+
+    def total(self, scores: Mapping[str, Any]) -> float:
+        """The weighted sum of one episode's scores."""
+        ...
+
+
+@dataclass(frozen=True)
+class UserSide:
+    """The user's part of a dialogue, ready to be replayed.
+
+    Attributes:
+        segment: what is played.
+        audio: `(N,)` float32: lead-in silence, context, segment; a whole number of frames.
+        codes: `(user_codebooks, T)` on the codec's device.
+        speech: speech intervals in episode time.
+        scored_from: seconds of lead-in and context.
+    """
+
+    segment: Segment
+    audio: np.ndarray
+    codes: torch.Tensor
+    speech: list[Interval]
+    scored_from: float
+
+    @property
+    def frames(self) -> int:
+        return self.codes.shape[-1]
+
+
+@dataclass
+class UserSides:
+    """Makes and keeps the user's side of segments: read, resampled, detected and encoded once, not once an episode.
+
+    Attributes:
+        codec, detector: of the environment.
+        lead_in: seconds of silence before everything (3 s for Moshi in arXiv 2606.11167).
+        capacity: how many to keep; the ones unused for longest go first.
+    """
+
+    codec: Codec
+    detector: SpeechDetector
+    lead_in: float = 3.0
+    capacity: int = 2048
+    _kept: "OrderedDict[tuple[str, str, int], UserSide]" = field(default_factory=OrderedDict)
+
+    def get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
+        """The user's side for each (segment, seconds of context before it)."""
+        keys = [self._key(segment, context) for segment, context in requests]
+        missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
+        audio = {key: self._audio(segment, key[2]) for key, segment in missing.items()}
+        speech = self.detector.detect(list(audio.values()), self.codec.sample_rate) if audio else []
+        for (key, segment), intervals in zip(missing.items(), speech, strict=True):
+            # One by one: the codes of a segment must not depend on what else is encoded at the same time.
+            codes = self.codec.encode(torch.from_numpy(audio[key])[None])[0]
+            lead_in = frames_in(self.lead_in, self.codec.frame_rate)
+            before = (lead_in + key[2]) / self.codec.frame_rate
+            self._kept[key] = UserSide(segment, audio[key], codes, intervals, before)
+        found = []
+        for key in keys:
+            self._kept.move_to_end(key)
+            found.append(self._kept[key])
+        while len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+        return found
+
+    def _key(self, segment: Segment, context: float) -> tuple[str, str, int]:
+        # Context in whole frames, so that the scored window begins at a frame's edge.
+        frames = frame_at(min(max(context, 0.0), segment.start), self.codec.frame_rate)
+        return segment.id, str(segment.recording), frames
+
+    def _audio(self, segment: Segment, context_frames: int) -> np.ndarray:
+        codec = self.codec
+        start = max(0.0, segment.start - context_frames / codec.frame_rate)
+        heard = read_audio(segment.recording, segment.user_channel, codec.sample_rate, start, segment.end)
+        frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
+        lead_in = frames_in(self.lead_in, codec.frame_rate) * codec.frame_samples
+        audio = np.zeros(lead_in + frames * codec.frame_samples, dtype=np.float32)
+        heard = heard[: len(audio) - lead_in]
+        audio[lead_in : lead_in + len(heard)] = heard
+        return audio
+
+
+def finish_dialogues(
+    users: Sequence[UserSide],
+    actions: torch.Tensor,
+    frames: Sequence[int],
+    codec: Codec,
+    detector: SpeechDetector,
+) -> list[Episode]:
+    """Episodes from what the agent did: its audio decoded and its speech detected, all dialogues at once.
+
+    Args:
+        users: the user's side of each dialogue.
+        actions: `(B, T, 1 + agent_codebooks)` text tokens and audio codes as they were heard.
+        frames: how many frames of each dialogue were played.
+        codec, detector: of the environment.
+    """
+    text, codes = actions[..., 0], actions[..., 1:].transpose(1, 2)
+    silent = (codes >= codec.audio_cardinality).any(dim=1)  # (B, T): no audio yet
+    audio = _decode(codes, silent, codec)
+    clips = [row[: count * codec.frame_samples] for row, count in zip(audio, frames, strict=True)]
+    speech = detector.detect(clips, codec.sample_rate)
+    tokens = text.cpu().tolist()
+    episodes = []
+    for user, clip, intervals, row, count in zip(users, clips, speech, tokens, frames, strict=True):
+        seconds = count / codec.frame_rate
+        episodes.append(
+            Episode(
+                segment=user.segment,
+                user_audio=user.audio[: samples_in(seconds, codec.sample_rate)],
+                agent_audio=clip,
+                sample_rate=codec.sample_rate,
+                user_speech=user.speech,
+                agent_speech=intervals,
+                duration=seconds,
+                scored_from=user.scored_from,
+                text=codec.decode_text(row[:count]),
+            )
+        )
+    return episodes
+
+
+def _decode(codes: torch.Tensor, silent: torch.Tensor, codec: Codec) -> np.ndarray:
+    """Agent audio `(B, N)`: the frames before the first whole one are silence, the rest is decoded in one pass."""
+    batch, _, frames = codes.shape
+    first = int(silent.long().sum(dim=1).max()) if frames else 0
+    audio = np.zeros((batch, frames * codec.frame_samples), dtype=np.float32)
+    if first < frames:
+        valid = codes[:, :, first:].clamp(0, codec.audio_cardinality - 1)
+        audio[:, first * codec.frame_samples :] = codec.decode(valid).float().cpu().numpy()
+    return audio
+
+
+def find_segments(segments: Sequence[Segment], wanted: Sequence[str | Segment]) -> list[Segment]:
+    """Segments by id (or as they are).
+
+    Raises:
+        InputError: an id that is not there.
+    """
+    known = {segment.id: segment for segment in segments}
+    found = []
+    for item in wanted:
+        if isinstance(item, Segment):
+            found.append(item)
+        elif item in known:
+            found.append(known[item])
+        else:
+            raise InputError(
+                f"no segment has the id '{item}': there are {len(known)}, such as {next(iter(known), None)}"
+            )
+    return found

@@ -1,0 +1,82 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAIN_HELP = """examples:
+  rlhf-duplex train configs/quickstart.yaml
+  rlhf-duplex train configs/quickstart.yaml trainer.updates=5 run_dir=runs/short
+  rlhf-duplex train checkpoint=nano segments=my/segments.jsonl
+  rlhf-duplex train configs/quickstart.yaml resume=true"""
+EVALUATE_HELP = """examples:
+  rlhf-duplex evaluate checkpoint=nano
+  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000030 run_dir=runs/checked"""
+REPORT_HELP = """example:
+  rlhf-duplex report runs/quickstart"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-duplex",
+        description="Teach a full-duplex speech model when to speak: GRPO on timing rewards.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    configured = (
+        ("train", "improve a policy with RL; evaluates before and after, and writes a report", TRAIN_HELP),
+        ("evaluate", "play the held-out segments and print every metric with its interval", EVALUATE_HELP),
+    )
+    for name, text, epilog in configured:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+    report = commands.add_parser(
+        "report",
+        help="write report.html of a run folder anew",
+        epilog=REPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("run_dir", type=Path)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not."""
+    options = build_parser().parse_args(arguments)
+    from envs.errors import InputError
+
+    try:
+        return _run(options)
+    except InputError as error:
+        print(f"rlhf-duplex: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "report":
+        from rlhf_duplex.report.build import build_report
+
+        print(f"wrote {build_report(options.run_dir)}")
+        return 0
+    from rlhf_duplex.config import load_config
+
+    path, overrides = None, list(options.arguments)
+    if overrides and "=" not in overrides[0]:
+        path = Path(overrides.pop(0))
+    config = load_config(path, overrides)
+    from rlhf_duplex import trainer
+
+    command = trainer.train if options.command == "train" else trainer.evaluate
+    command(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

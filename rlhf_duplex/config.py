@@ -1,0 +1,260 @@
+"""The configuration: dataclasses that OmegaConf fills from a YAML file and `key=value` arguments, and checks.
+
+Defaults are the paper's (arXiv 2606.11167, section 3) wherever it gives a figure, for the 7B; the YAML files in
+`configs/` say what differs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from envs.errors import InputError
+
+
+@dataclass
+class TrainerConfig:
+    """The loop.
+
+    Attributes:
+        algorithm: `grpo`.
+        updates: how many.
+        groups: segments an update; group_size: G, episodes of each.
+        minibatch: episodes an optimiser step; microbatch: episodes a forward pass (memory only, no effect on results
+            but rounding).
+        passes: times that an update goes over its episodes.
+        clip: eps of the ratio; kl_beta: weight of KL[policy || reference].
+        advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
+        whiten: GDPO's whitening over the batch.
+    """
+
+    algorithm: str = "grpo"
+    updates: int = 100
+    groups: int = 32
+    group_size: int = 16
+    minibatch: int = 32
+    microbatch: int = 16
+    passes: int = 1
+    clip: float = 0.2
+    kl_beta: float = 0.01
+    advantages: str = "per_axis"
+    whiten: bool = False
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW. `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`."""
+
+    learning_rate: float = 2e-7
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 2.0
+    schedule: str = "cosine"
+    final_share: float = 0.0
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn; see `rlhf_duplex.policy.sampling.Sampling`."""
+
+    text_temperature: float = 0.7
+    text_top_k: int = 0
+    audio_temperature: float = 0.8
+    audio_top_k: int = 250
+
+
+@dataclass
+class ContextConfig:
+    """What precedes a segment; see `envs.context.ContextSchedule`. `lead_in`: seconds of silence (3 for Moshi)."""
+
+    lead_in: float = 3.0
+    probability: float = 0.5
+    max_seconds: float = 30.0
+    schedule: str = "linear"
+
+
+@dataclass
+class DetectorConfig:
+    """Speech detection: `silero` or `energy`, with its options (see `envs.speech`)."""
+
+    name: str = "silero"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RolloutConfig:
+    """`batch_size`: dialogues played at once."""
+
+    batch_size: int = 256
+
+
+@dataclass
+class CheckpointingConfig:
+    """A checkpoint every so many updates (and at the end); the last `keep` are kept."""
+
+    every: int = 10
+    keep: int = 2
+
+
+@dataclass
+class EvaluationConfig:
+    """Before and after training.
+
+    Attributes:
+        segments: manifest of the held-out segments, `nano` for those that ship with nano; None: those of nano when
+            it is trained on its own segments, else the training segments (the report then says so).
+        samples: episodes of each segment.
+        episodes: segments of each axis whose episodes are kept to look at and listen to.
+        seed: of the episodes, the same before and after.
+    """
+
+    segments: str | None = None
+    samples: int = 1
+    episodes: int = 6
+    seed: int = 1
+
+
+@dataclass
+class ClusterConfig:
+    """`workers`: 0 runs in the process itself."""
+
+    workers: int = 0
+
+
+def _default_rewards() -> dict[str, Any]:
+    return {axis: {"weight": 1.0} for axis in ("pause_handling", "turn_taking", "backchannel", "user_interruption")}
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Attributes:
+        run_dir: where everything is written.
+        seed: of everything random.
+        checkpoint: `nano`, a bundle's folder, or a hub id.
+        segments: manifest to train on, or `nano` for the segments that ship with it.
+        resume: go on from the run folder's last checkpoint.
+        device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
+        rewards: by axis, `weight`, `target` and the axis' own options.
+        trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
+    """
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    checkpoint: str = "nano"
+    segments: str = "nano"
+    resume: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: dict[str, Any] = field(default_factory=_default_rewards)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    trackers: list[str] = field(default_factory=list)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration: defaults, then the file, then `key=value` overrides.
+
+    Args:
+        path: YAML file. Where it has `rewards`, these replace the default axes (an axis that is not named is off).
+        overrides: such as `trainer.updates=20`.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a value of the wrong type or out of range.
+    """
+    base = OmegaConf.structured(Config)
+    layers = []
+    if path is not None:
+        if not path.is_file():
+            raise InputError(f"configuration {path} does not exist: give the path of a YAML file")
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:
+            raise InputError(f"configuration {path} is not valid YAML ({' '.join(str(error).split())})") from error
+    malformed = [o for o in overrides if "=" not in o or o.startswith("=")]
+    if malformed:
+        raise InputError(f"argument '{malformed[0]}' is not of the form key=value")
+    try:
+        layers.append(("the command line", OmegaConf.from_dotlist(list(overrides))))
+    except Exception as error:
+        raise InputError(f"the key=value arguments cannot be read ({' '.join(str(error).split())})") from error
+    config = base
+    for source, layer in layers:
+        try:
+            if source != "the command line" and OmegaConf.is_dict(layer) and "rewards" in layer:
+                config.rewards = {}
+            config = OmegaConf.merge(config, layer)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise InputError(f"{source}: {_explain(error)}") from error
+    result: Config = OmegaConf.to_object(config)
+    check_config(result)
+    return result
+
+
+def _explain(error: Exception) -> str:
+    key = getattr(error, "full_key", None)
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if key and "not in" in first:
+        return f"unknown configuration key '{key}': see rlhf_duplex/config.py for the keys"
+    return f"configuration key '{key}': {first}" if key else first
+
+
+def check_config(config: Config) -> None:
+    """Values that no type can rule out.
+
+    Raises:
+        InputError: the first that is wrong.
+    """
+    trainer, optimiser = config.trainer, config.optimiser
+    positive = {
+        "trainer.groups": trainer.groups,
+        "trainer.minibatch": trainer.minibatch,
+        "trainer.microbatch": trainer.microbatch,
+        "trainer.passes": trainer.passes,
+        "rollout.batch_size": config.rollout.batch_size,
+        "checkpointing.every": config.checkpointing.every,
+        "checkpointing.keep": config.checkpointing.keep,
+        "evaluation.samples": config.evaluation.samples,
+        "optimiser.learning_rate": optimiser.learning_rate,
+        "optimiser.clip_norm": optimiser.clip_norm,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise InputError(f"{key} must be above 0, found {value}")
+    if trainer.group_size < 2:
+        raise InputError(
+            f"trainer.group_size must be at least 2 (a group is compared within itself), found {trainer.group_size}"
+        )
+    for key, value in {"trainer.updates": trainer.updates, "context.lead_in": config.context.lead_in}.items():
+        if value < 0:
+            raise InputError(f"{key} must not be negative, found {value}")
+    choices = {
+        "trainer.algorithm": (trainer.algorithm, ("grpo",)),
+        "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
+        "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
+        "dtype": (config.dtype, ("float32", "bfloat16")),
+    }
+    for key, (chosen, allowed) in choices.items():
+        if chosen not in allowed:
+            raise InputError(f"{key} '{chosen}' is not known: choose {' or '.join(allowed)}")
+    if config.cluster.workers != 0:
+        raise InputError(f"cluster.workers is {config.cluster.workers}, only 0 (in the process itself) is supported")
+    for name in config.trackers:
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

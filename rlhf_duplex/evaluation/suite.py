@@ -1,0 +1,59 @@
+"""Playing the held-out segments: episodes and their scores, the same user and the same seeds for every policy."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from envs.episode import Episode
+from envs.segments import Segment
+from envs.vector import DuplexDialogueVectorEnv
+from rewards.aggregate import RewardFunction
+from rewards.axis import Score
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.rollout import episode_seed, rollout
+
+Scores = Mapping[str, Score | None]
+
+
+def play_suite(
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    reward_function: RewardFunction,
+    segments: Sequence[Segment],
+    samples: int = 1,
+    seed: int = 1,
+    batch_size: int = 256,
+    on_frame: Callable[[int], None] | None = None,
+) -> tuple[list[Episode], list[Scores]]:
+    """`samples` episodes of every segment, without context, and what each axis says of them.
+
+    A segment's episodes depend on (seed, place in the suite, sample) alone, so that two policies meet the same draws.
+    """
+    chosen = [segment for segment in segments for _ in range(samples)]
+    seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
+    episodes = rollout(policy, env, chosen, seeds, [0.0] * len(chosen), batch_size=batch_size, on_frame=on_frame)
+    return episodes, list(reward_function(episodes))
+
+
+def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Scores], per_axis: int) -> None:
+    """The first `per_axis` segments' episodes of every axis, each in a folder of its id with `scores.json` beside."""
+    shutil.rmtree(folder, ignore_errors=True)
+    kept: dict[str, set[str]] = {}
+    for episode, row in zip(episodes, scores, strict=True):
+        ids = kept.setdefault(episode.segment.axis, set())
+        if episode.segment.id in ids or len(ids) >= per_axis:
+            continue
+        ids.add(episode.segment.id)
+        place = folder / _safe_name(episode.segment.id)
+        episode.save(place)
+        record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
+        temporary = place / f".scores.{os.getpid()}"
+        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, place / "scores.json")
+
+
+def _safe_name(identifier: str) -> str:
+    """An id as the name of a folder: whatever could leave the folder is replaced."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in identifier)[:120]

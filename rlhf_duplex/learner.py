@@ -1,0 +1,195 @@
+"""One update: from scored episodes to new weights.
+
+Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from envs.episode import Episode
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.config import OptimiserConfig, TrainerConfig
+from rlhf_duplex.policy.moshi import MoshiPolicy
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite: the run stops before anything is saved."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Episodes as tensors, padded at the end to the longest.
+
+    Attributes:
+        codes: `(B, K, T)` int64, -1 in the padding.
+        log_probs: `(B, T)` of the behaviour policy.
+        mask: `(B, T)` bool, the frames that the loss is about.
+        advantages: `(B,)`.
+    """
+
+    codes: torch.Tensor
+    log_probs: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> "Batch":
+        """Some of the episodes, cut to the longest of them."""
+        length = int(self.mask[index].any(dim=0).nonzero().max()) + 1 if self.mask[index].any() else 1
+        return Batch(
+            self.codes[index, :, :length],
+            self.log_probs[index, :length],
+            self.mask[index, :length],
+            self.advantages[index],
+        )
+
+
+def make_batch(episodes: Sequence[Episode], advantages: torch.Tensor, frame_rate: float, device: torch.device) -> Batch:
+    """Episodes and their advantages `(B,)` as tensors on a device.
+
+    Raises:
+        ValueError: an episode without tokens (no policy acted in it).
+    """
+    for episode in episodes:
+        if episode.text_tokens is None or episode.audio_tokens is None or episode.log_probs is None:
+            raise ValueError(f"the episode of segment '{episode.segment.id}' has no tokens: no policy acted in it")
+    rows = [np.concatenate([e.text_tokens[None], e.audio_tokens]) for e in episodes]  # type: ignore[index]
+    frames = max(row.shape[1] for row in rows)
+    codes = torch.full((len(rows), rows[0].shape[0], frames), -1, dtype=torch.long)
+    log_probs = torch.zeros(len(rows), frames)
+    mask = torch.zeros(len(rows), frames, dtype=torch.bool)
+    for index, (episode, row) in enumerate(zip(episodes, rows, strict=True)):
+        count = row.shape[1]
+        codes[index, :, :count] = torch.from_numpy(row)
+        log_probs[index, :count] = torch.from_numpy(episode.log_probs)
+        mask[index, :count] = torch.from_numpy(episode.frame_mask(frame_rate))
+    return Batch(codes.to(device), log_probs.to(device), mask.to(device), advantages.to(device))
+
+
+class Learner:
+    """The optimiser, the reference policy, and the update.
+
+    Args:
+        policy: is trained in place.
+        trainer, optimiser: configuration.
+        seed: of the order of minibatches.
+
+    The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is.
+    """
+
+    def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
+        self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
+        reference = copy.deepcopy(policy.lm).requires_grad_(False).eval()
+        self.reference = MoshiPolicy(reference, policy.sampling)
+        for name, parameter in policy.lm.named_parameters():
+            # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
+            parameter.requires_grad_(not name.startswith(("depformer", "linears")))
+        self.parameters = {n: p for n, p in policy.lm.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=optimiser.learning_rate,
+            betas=optimiser.betas,
+            weight_decay=optimiser.weight_decay,
+        )
+
+    def learning_rate(self, update: int) -> float:
+        """The rate at an update (from 0)."""
+        config = self.config
+        if config.schedule == "constant":
+            return config.learning_rate
+        share = 0.5 * (1 + math.cos(math.pi * update / max(1, self.trainer.updates)))
+        return config.learning_rate * (config.final_share + (1 - config.final_share) * share)
+
+    def update(self, batch: Batch, update: int) -> dict[str, float]:
+        """Optimiser steps over all minibatches of a batch.
+
+        Args:
+            batch: all episodes of the update.
+            update: its number, from 0 (schedule and order of the minibatches).
+
+        Returns:
+            Diagnostics, means over the steps (maxima for `ratio_max`).
+
+        Raises:
+            NonFiniteError: before the weights are touched by the step that it happens in.
+        """
+        rate = self.learning_rate(update)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
+        seen: dict[str, list[float]] = defaultdict(list)
+        for _ in range(self.trainer.passes):
+            order = torch.randperm(len(batch.codes), generator=generator)
+            for index in order.split(self.trainer.minibatch):
+                for name, value in self._step(batch, index, update).items():
+                    seen[name].append(value)
+        joined = {name: max(v) if name.endswith("max") else sum(v) / len(v) for name, v in seen.items()}
+        joined["ratio_first"] = seen["ratio_mean"][0]
+        return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
+
+    def _step(self, batch: Batch, index: torch.Tensor, update: int) -> dict[str, float]:
+        totals: dict[str, torch.Tensor] = {}
+        self.optimiser.zero_grad(set_to_none=True)
+        # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
+        index = index[batch.mask[index].float().sum(dim=1).argsort()]
+        for part in index.split(self.trainer.microbatch):
+            loss, diagnostics = self._loss(batch.rows(part))
+            share = len(part) / len(index)
+            (loss * share).backward()
+            diagnostics = {**diagnostics, "loss": loss.detach()}
+            for name, value in diagnostics.items():
+                if name.endswith("max"):
+                    totals[name] = torch.maximum(totals.get(name, value), value)
+                else:
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * share
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
+        values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if wrong:
+            raise NonFiniteError(
+                f"{wrong[0]} is {values[wrong[0]]} in update {update}: nothing of this update is saved; "
+                "lower optimiser.learning_rate, or look at the episodes of the last checkpoint"
+            )
+        self.optimiser.step()
+        return values
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_probs, distribution = self.policy.evaluate_actions(batch.codes)
+        with torch.no_grad():
+            _, reference = self.reference.evaluate_actions(batch.codes)
+        kl = exact_kl(distribution, reference)
+        loss, diagnostics = grpo_loss(
+            log_probs,
+            batch.log_probs,
+            batch.advantages,
+            kl,
+            batch.mask,
+            self.trainer.clip,
+            self.trainer.kl_beta,
+        )
+        with torch.no_grad():
+            diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
+        return loss, diagnostics
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state as named tensors (safetensors holds nothing else)."""
+        state = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                state[f"{key}/{name}"] = value.detach().cpu().clone()
+        return state
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state` gave."""
+        for name, parameter in self.parameters.items():
+            found = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
+            if found:
+                self.optimiser.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in found.items()
+                }

@@ -1,0 +1,230 @@
+"""Bundles: a policy in Moshi's own folder layout, read and written so that `python -m moshi.server` can serve it.
+
+A bundle holds `config.json`, the language model and Mimi as safetensors, and the SentencePiece tokenizer, exactly what
+`moshi.models.loaders.CheckpointInfo` reads. Everything is checked against the files' headers before a weight is read.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+from moshi.models.loaders import CheckpointInfo, get_mimi
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from envs.errors import InputError
+from rlhf_duplex.policy.codec import MimiCodec, agent_codebooks
+
+NANO = "nano"
+NANO_FOLDER = Path(__file__).parent.parent / "nano"
+_NAMES = {
+    "moshi_name": "model.safetensors",
+    "mimi_name": "mimi.safetensors",
+    "tokenizer_name": "tokenizer.model",
+    "mimi_config_name": "mimi_config.json",
+}
+_NOT_LM = {*_NAMES, "lora_name", "model_type", "lm_gen_config", "tts_config", "stt_config", "model_id"}
+
+
+@dataclass
+class Bundle:
+    """A loaded model folder.
+
+    Attributes:
+        config: what config.json says (the arguments of `LMModel`, file names, generation defaults).
+        mimi_config: the sizes of a Mimi other than the 24 kHz one, or None.
+        lm, mimi, tokenizer: Moshi's own classes.
+        folder: where it was read from.
+    """
+
+    config: dict[str, Any]
+    mimi_config: dict[str, Any] | None
+    lm: LMModel
+    mimi: MimiModel
+    tokenizer: sentencepiece.SentencePieceProcessor
+    folder: Path
+
+    @property
+    def codec(self) -> MimiCodec:
+        """Audio and text to tokens and back, at the sizes of this bundle."""
+        return MimiCodec(self.mimi, self.lm, self.tokenizer)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the bundle, all or nothing: the folder appears whole, replacing one of that name.
+
+        Args:
+            folder: to write to.
+            dtype: of the language model's floating-point weights on disk; None keeps what they have in memory.
+        """
+        folder = Path(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        config = self.config | {key: name for key, name in _NAMES.items() if key != "mimi_config_name"}
+        config.pop("mimi_config_name", None)
+        if self.mimi_config is not None:
+            config["mimi_config_name"] = _NAMES["mimi_config_name"]
+            (temporary / _NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(_weights(self.lm, dtype), str(temporary / _NAMES["moshi_name"]))
+        save_file(_weights(self.mimi, None), str(temporary / _NAMES["mimi_name"]))
+        (temporary / _NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+
+def _weights(module: torch.nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, value in module.state_dict().items():
+        value = value.detach().cpu()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        weights[name] = value.contiguous().clone()
+    return weights
+
+
+def find_bundle(checkpoint: str) -> Path | None:
+    """The local folder of a checkpoint: `nano` or an existing folder; None for a hub repository id.
+
+    Raises:
+        InputError: neither a folder nor the form of a hub id.
+    """
+    if checkpoint == NANO:
+        return NANO_FOLDER
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~")):
+        return None
+    raise InputError(
+        f"checkpoint '{checkpoint}' is no folder: give 'nano', a bundle's folder or a hub id like owner/name"
+    )
+
+
+def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+    """Load a bundle: `nano`, a local folder, or a hub repository id.
+
+    Args:
+        checkpoint: which one.
+        device: of the language model and Mimi.
+        dtype: of the language model's weights in memory (Mimi stays float32, as in Moshi).
+
+    Raises:
+        InputError: a missing file, an unknown or missing key, a wrong shape; the message names file and key.
+    """
+    folder = find_bundle(checkpoint)
+    info = _local_info(folder) if folder is not None else _hub_info(checkpoint)
+    check_bundle(info)
+    mimi_weights = load_file(info.mimi_weights, device="cpu")
+    codebooks = _mimi_codebooks(info)
+    mimi = get_mimi(None, info.mimi_config, num_codebooks=codebooks, device=device)
+    mimi.load_state_dict({name: value.float() for name, value in mimi_weights.items()})
+    lm = info.get_moshi(device=device, dtype=dtype)
+    return Bundle(
+        info.raw_config or {},
+        info.mimi_config,
+        lm,
+        mimi,
+        info.get_text_tokenizer(),
+        folder or info.moshi_weights.parent,
+    )
+
+
+def _local_info(folder: Path) -> CheckpointInfo:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise InputError(f"{config_path} does not exist: a bundle needs config.json beside its weights")
+    try:
+        config = json.loads(config_path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{config_path} is not valid JSON ({error})") from error
+    paths: dict[str, Path | None] = {}
+    for key in _NAMES:
+        name = config.get(key, None if key == "mimi_config_name" else _NAMES[key])
+        path = None if name is None else folder / Path(str(name).removeprefix("file://")).name
+        if path is not None and not path.is_file():
+            raise InputError(f"{config_path}: `{key}` names {path.name}, which is not in {folder}")
+        paths[key] = path
+    return CheckpointInfo.from_hf_repo(
+        str(folder),
+        moshi_weights=paths["moshi_name"],
+        mimi_weights=paths["mimi_name"],
+        tokenizer=paths["tokenizer_name"],
+        config_path=config_path,
+        mimi_config_path=paths["mimi_config_name"],
+    )
+
+
+def _hub_info(repository: str) -> CheckpointInfo:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return CheckpointInfo.from_hf_repo(repository)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint '{repository}' cannot be had from the model hub ({first})") from error
+
+
+def _mimi_codebooks(info: CheckpointInfo) -> int:
+    config = info.lm_config
+    if config is None:
+        return 8
+    return agent_codebooks(config["n_q"], config["dep_q"])
+
+
+def check_bundle(info: CheckpointInfo) -> None:
+    """Hold the files' headers against the configuration, with no weight read.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    for path in (info.moshi_weights, info.mimi_weights):
+        if Path(path).suffix != ".safetensors":
+            raise InputError(f"{path} is not a .safetensors file: convert it first (pickled weights are not read)")
+    try:
+        lm = info.get_moshi(device="meta", load_weight=False)
+    except (TypeError, AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"config.json of {Path(info.moshi_weights).parent}: {_one_line(error)}") from error
+    _check_weights(lm, Path(info.moshi_weights))
+    try:
+        with torch.device("meta"):
+            mimi = get_mimi(None, info.mimi_config, num_codebooks=_mimi_codebooks(info), device="meta")
+    except (TypeError, AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"Mimi configuration of {Path(info.mimi_weights).parent}: {_one_line(error)}") from error
+    _check_weights(mimi, Path(info.mimi_weights))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"missing key {text}" if isinstance(error, KeyError) else text or type(error).__name__
+
+
+def _check_weights(model: torch.nn.Module, path: Path) -> None:
+    """Names and shapes of a safetensors file against those of a model on the meta device."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = {
+                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118 (safe_open is no dictionary)
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
+    # Loading meta tensors applies the models' own renaming of old keys and compares every shape.
+    try:
+        result = model.load_state_dict(header, strict=False, assign=True)
+    except RuntimeError as error:
+        detail = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise InputError(f"{path}: {detail[0] if detail else _one_line(error)}") from error
+    if result.missing_keys:
+        raise InputError(f"{path}: key '{result.missing_keys[0]}' is missing ({len(result.missing_keys)} in all)")
+    if result.unexpected_keys:
+        raise InputError(
+            f"{path}: key '{result.unexpected_keys[0]}' is not known to the model ({len(result.unexpected_keys)} in all)"
+        )

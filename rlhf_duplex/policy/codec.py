@@ -1,0 +1,45 @@
+"""Mimi and the tokenizer as the environment's `Codec`."""
+
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+
+
+def agent_codebooks(n_q: int, dep_q: int) -> int:
+    """Audio streams of the agent. PersonaPlex predicts the user's streams too (dep_q = n_q): half are the agent's."""
+    return n_q // 2 if dep_q == n_q else dep_q
+
+
+class MimiCodec:
+    """Audio and text to tokens and back, at the sizes that the bundle has (see `envs.codec.Codec`)."""
+
+    def __init__(self, mimi: MimiModel, lm: LMModel, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+        self.mimi = mimi
+        self.tokenizer = tokenizer
+        self.sample_rate = int(mimi.sample_rate)
+        self.frame_rate = float(mimi.frame_rate)
+        self.frame_samples = int(mimi.frame_size)
+        self.agent_codebooks = agent_codebooks(lm.n_q, lm.dep_q)
+        self.user_codebooks = lm.n_q - self.agent_codebooks
+        self.audio_cardinality = lm.card
+        self.text_cardinality = lm.text_card
+        self.device = next(mimi.parameters()).device
+        # Not words: the two paddings, and every special piece of the tokenizer.
+        self._silent = {lm.text_padding_token_id, lm.end_of_text_padding_id, lm.text_card, -1}
+
+    @torch.no_grad()
+    def encode(self, audio: torch.Tensor) -> torch.Tensor:
+        """User audio `(B, N)` to codes `(B, user_codebooks, T)`."""
+        return self.mimi.encode(audio.to(self.device)[:, None])[:, : self.user_codebooks]
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Agent codes `(B, agent_codebooks, T)` to audio `(B, T * frame_samples)`."""
+        return self.mimi.decode(codes.to(self.device))[:, 0]
+
+    def decode_text(self, tokens: list[int]) -> str:
+        """Words of a text stream, paddings and special pieces left out."""
+        size = self.tokenizer.vocab_size()
+        words = [t for t in tokens if t not in self._silent and 0 <= t < size and not self.tokenizer.is_control(t)]
+        return self.tokenizer.decode(words).strip()

@@ -1,0 +1,192 @@
+"""The Moshi policy: acting frame by frame in B dialogues, and scoring whole episodes in parallel.
+
+Shapes: `B` episodes, `T` frames, `K` streams of a frame (text, agent's codebooks, user's codebooks), `V` text
+vocabulary. Frame n of an episode is step n of `moshi`'s own `LMGen`: the user's frame n goes in, text token n and the
+depth transformer's codes come out, and what is complete by then (frame n - max_delay) is what is heard.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.models.lm_utils import _delay_sequence
+
+from envs.errors import InputError
+from rlhf_duplex.policy.codec import agent_codebooks
+from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
+
+
+@dataclass
+class _Stream:
+    """What lasts from frame to frame of a batch of dialogues."""
+
+    grid: torch.Tensor  # (K, positions, B) tokens by the position at which they are model input
+    noise: torch.Tensor  # (T, 1 + depth steps, B)
+    log_probs: torch.Tensor  # (T, B)
+    exit_stack: ExitStack
+    frame: int = 0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The tokens of B dialogues as `LMModel.forward` takes them.
+
+    Attributes:
+        codes: `(B, K, T)` int64; -1 where a token never came to be.
+        log_probs: `(B, T)` float32, of each text token under the distribution that it was drawn from.
+    """
+
+    codes: torch.Tensor
+    log_probs: torch.Tensor
+
+
+class MoshiPolicy:
+    """Acts with an `LMModel`, and evaluates what was done.
+
+    Args:
+        lm: Moshi's language model, of any size.
+        sampling: how tokens are drawn; `evaluate_actions` scores under the same transform.
+
+    Raises:
+        InputError: a model whose text stream is delayed (no Moshi has one; frames would not line up).
+    """
+
+    def __init__(self, lm: LMModel, sampling: Sampling | None = None) -> None:
+        if lm.delays[0] != 0:
+            raise InputError(f"the text stream of this model is delayed by {lm.delays[0]} frames, 0 is needed")
+        self.lm = lm
+        self.sampling = sampling or Sampling()
+        self.agent_codebooks = agent_codebooks(lm.n_q, lm.dep_q)
+        self.max_delay = max(lm.delays)
+        self._delays = torch.tensor(lm.delays, device=lm.device)
+        streams = torch.arange(lm.n_q + 1, device=lm.device)
+        self._agent, self._user = streams[: 1 + self.agent_codebooks], streams[1 + self.agent_codebooks :]
+        self._stream: _Stream | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def begin(self, seeds: Sequence[int], frames: int) -> None:
+        """Start B = len(seeds) dialogues of at most `frames` frames, with fresh caches.
+
+        The key-value cache holds `frames` positions instead of the model's whole context (3,000 for the 7B): the
+        attention is the same, and reads only what there is.
+        """
+        self.end()
+        lm, batch = self.lm, len(seeds)
+        if lm.training:
+            lm.eval()
+        stack = ExitStack()
+        layers = [layer.self_attn for layer in lm.transformer.layers]
+        for layer in layers:
+            stack.callback(setattr, layer, "context", layer.context)
+            layer.context = min(layer.context or frames, frames)
+        stack.enter_context(lm.streaming(batch))
+        streams = 1 + lm.n_q
+        grid = torch.full((streams, frames + self.max_delay + 1, batch), lm.zero_token_id, device=self.device)
+        initial = lm._get_initial_token()[0, :, 0]
+        for stream, delay in enumerate(lm.delays):
+            grid[stream, : delay + 1] = initial[stream]
+        self._stream = _Stream(
+            grid,
+            uniforms(list(seeds), frames, 1 + self.agent_codebooks, self.device),
+            torch.zeros(frames, batch, device=self.device),
+            stack,
+        )
+
+    def end(self) -> None:
+        """Leave streaming mode and free the caches."""
+        if self._stream is not None:
+            self._stream.exit_stack.close()
+            self._stream = None
+
+    @torch.no_grad()
+    def act(self, user_codes: torch.Tensor) -> torch.Tensor:
+        """One frame of every dialogue.
+
+        Args:
+            user_codes: `(B, user_codebooks)` of this frame.
+
+        Returns:
+            `(B, 1 + agent_codebooks)`: text token and audio codes that are heard in this frame; in the first
+            `max_delay` frames nothing is complete yet, and the values are the model's initial tokens.
+
+        Raises:
+            RuntimeError: `begin` was not called, or the frames that it was told of are used up.
+        """
+        stream, lm = self._stream, self.lm
+        if stream is None:
+            raise RuntimeError("the policy is not in a dialogue: call begin first")
+        frame, grid = stream.frame, stream.grid
+        if frame >= len(stream.noise):
+            raise RuntimeError(f"the dialogue was begun for {len(stream.noise)} frames, which are used up")
+        if frame > 0:  # the first user frame is never model input: the initial tokens are, as in LMGen
+            grid[self._user, frame + self._delays[self._user]] = user_codes.T
+        hidden, text_logits = lm.forward_text(grid[:, frame].T[..., None])
+        logits = text_logits[:, 0, 0]
+        noise = stream.noise[frame]
+        text = draw(logits, noise[0], self.sampling.text_temperature, self.sampling.text_top_k)
+        distribution = log_distribution(logits, self.sampling.text_temperature, self.sampling.text_top_k)
+        stream.log_probs[frame] = distribution.gather(-1, text[:, None])[:, 0]
+        tokens = torch.cat([text[None], self._draw_audio(text, hidden, noise[1:])])
+        # A stream delayed by d frames is preceded by d + 1 initial tokens: what is drawn there is dropped.
+        drawn = self._agent if frame >= self.max_delay else self._agent[self._delays[self._agent] <= frame]
+        grid[drawn, frame + 1] = tokens[drawn]
+        stream.frame = frame + 1
+        heard = frame + 1 - self.max_delay
+        positions = heard + self._delays[self._agent] if heard > 0 else torch.zeros_like(self._agent)
+        return grid[self._agent, positions].T
+
+    def _draw_audio(self, text: torch.Tensor, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The agent's codes `(agent_codebooks, B)` of one step, codebook by codebook.
+
+        A model that predicts the user's streams too (PersonaPlex) is stopped after the agent's.
+        """
+        lm, codes, previous = self.lm, [], text
+        with lm.depformer.streaming(len(text)):
+            for step in range(self.agent_codebooks):
+                logits = lm.forward_depformer(step, previous[:, None, None], hidden)[:, 0, 0]
+                previous = draw(logits, noise[step], self.sampling.audio_temperature, self.sampling.audio_top_k)
+                codes.append(previous)
+        return torch.stack(codes)
+
+    def trajectory(self) -> Trajectory:
+        """What was done so far in the dialogues that are under way."""
+        if self._stream is None:
+            raise RuntimeError("the policy is not in a dialogue: call begin first")
+        frames, grid = self._stream.frame, self._stream.grid
+        positions = grid[:, : frames + 1]
+        codes = torch.full((grid.shape[0], frames, grid.shape[2]), self.lm.zero_token_id, device=self.device)
+        for stream_index, delay in enumerate(self.lm.delays):
+            codes[stream_index, : frames - delay] = positions[stream_index, delay + 1 :]
+        return Trajectory(codes.permute(2, 0, 1).contiguous(), self._stream.log_probs[:frames].T.contiguous())
+
+    def text_logits(self, codes: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced text logits `(B, T, V)` for codes `(B, K, T)`; the depth transformer is not run.
+
+        Equals `LMModel.forward(codes).text_logits[:, 0]` (tested).
+        """
+        lm = self.lm
+        initial = lm._get_initial_token().expand(len(codes), -1, -1)
+        delayed = torch.cat([initial, _delay_sequence(lm.delays, codes, initial)], dim=2)
+        _, logits = lm.forward_text(delayed[:, :, :-1])
+        return logits[:, 0]
+
+    def evaluate_actions(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the text tokens of whole episodes, under the same transform as when acting.
+
+        Args:
+            codes: `(B, K, T)` as in `Trajectory.codes`, padded at the end with -1.
+
+        Returns:
+            `(B, T)` log-probability of each text token (of token 0 where the text is -1: mask it), and `(B, T, V)`
+            the whole log-distribution, for KL and entropy.
+        """
+        text = codes[:, 0].clamp(min=0)
+        distribution = log_distribution(
+            self.text_logits(codes), self.sampling.text_temperature, self.sampling.text_top_k, keep=text
+        )
+        return distribution.gather(-1, text[..., None])[..., 0], distribution

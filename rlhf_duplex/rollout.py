@@ -1,0 +1,104 @@
+"""The policy meets the environment: groups of episodes, and a policy-free way to score them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from envs.episode import Episode
+from envs.segments import Segment
+from envs.vector import DuplexDialogueVectorEnv
+from rlhf_duplex.policy.moshi import MoshiPolicy
+
+
+def episode_seed(*key: int) -> int:
+    """A seed from a tuple of counters (run seed, update, group, member): independent streams, no state to save."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def rollout(
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    segments: Sequence[Segment],
+    seeds: Sequence[int],
+    contexts: Sequence[float],
+    policy_version: int = 0,
+    batch_size: int = 256,
+    on_frame: Callable[[int], None] | None = None,
+) -> list[Episode]:
+    """One episode for each (segment, seed, context), in the order given.
+
+    Args:
+        policy: acts.
+        env: plays the user; how it scores is not used.
+        segments, seeds, contexts: one of each for an episode; what an episode becomes depends on its own three only.
+        policy_version: written into the episodes.
+        batch_size: dialogues that are played at once.
+        on_frame: called with the number of dialogues after each frame, for a progress bar.
+    """
+    # Long dialogues together: a batch takes as many frames as its longest.
+    order = sorted(range(len(segments)), key=lambda i: -(segments[i].duration + min(contexts[i], segments[i].start)))
+    episodes: dict[int, Episode] = {}
+    for rows in _batches(order, batch_size):
+        batch = _play(
+            policy,
+            env,
+            [segments[i] for i in rows],
+            [seeds[i] for i in rows],
+            [contexts[i] for i in rows],
+            on_frame,
+        )
+        episodes.update(zip(rows, batch, strict=True))
+    return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
+
+
+def _batches(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _play(
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    segments: list[Segment],
+    seeds: list[int],
+    contexts: list[float],
+    on_frame: Callable[[int], None] | None,
+) -> list[Episode]:
+    observation, infos = env.reset(options={"segments": segments, "context": contexts})
+    frames = infos["frames"]
+    policy.begin(seeds, int(frames.max()))
+    try:
+        ended = np.zeros(len(segments), dtype=bool)
+        while not ended.all():
+            observation, _, terminated, truncated, infos = env.step(policy.act(observation))
+            ended = terminated | truncated
+            if on_frame is not None:
+                on_frame(len(segments))
+        trajectory = policy.trajectory()
+    finally:
+        policy.end()
+    codes, log_probs = trajectory.codes.cpu().numpy(), trajectory.log_probs.cpu().numpy()
+    # An episode that ended earlier played on beside the longer ones; what is cut off here was never heard. Its last
+    # frame keeps no code that was drawn or came in later, as if it had been played alone.
+    return [
+        replace(
+            episode,
+            text_tokens=codes[row, 0, :count].copy(),
+            audio_tokens=_cut(
+                codes[row, 1:], count, policy.lm.delays[1:], policy.lm.zero_token_id, policy.agent_codebooks
+            ),
+            log_probs=log_probs[row, :count].copy(),
+        )
+        for row, (episode, count) in enumerate(zip(infos["episodes"], frames.tolist(), strict=True))
+    ]
+
+
+def _cut(codes: np.ndarray, frames: int, delays: Sequence[int], missing: int, agent_codebooks: int) -> np.ndarray:
+    """The first `frames` columns, without the codes that came to be only afterwards (delayed ones, and the user's)."""
+    cut = codes[:, :frames].copy()
+    for stream, delay in enumerate(delays):
+        late = delay if stream < agent_codebooks else max(delay, 1)
+        if late:
+            cut[stream, -late:] = missing
+    return cut

@@ -1,0 +1,69 @@
+"""Metrics: a line an update in `metrics.jsonl`, mirrored to TensorBoard or W&B through accelerate's trackers."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from envs.errors import InputError
+
+
+class MetricsLog:
+    """The record of a run's metrics.
+
+    Args:
+        run_dir: the run folder.
+        trackers: mirrors by accelerate's names (`tensorboard`, `wandb`).
+        config: scalars and strings that a mirror shows beside the curves.
+        keep_updates: lines of later updates are cut off (a run that goes on from a checkpoint writes them again).
+
+    Raises:
+        InputError: a tracker that is not installed.
+    """
+
+    def __init__(self, run_dir: Path, trackers: list[str], config: dict[str, Any], keep_updates: int = 0) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["update"] <= keep_updates]
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self._mirrors = [_make_tracker(name, run_dir) for name in trackers]
+        for mirror in self._mirrors:
+            mirror.start()
+            mirror.store_init_configuration(config)
+
+    def write(self, update: int, metrics: dict[str, float]) -> None:
+        """One update's metrics; the line is on disk when this returns."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"update": update, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for mirror in self._mirrors:
+            mirror.log(metrics, step=update)
+
+    def close(self) -> None:
+        for mirror in self._mirrors:
+            mirror.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last line that a kill cut short; empty where there is no file."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _make_tracker(name: str, run_dir: Path) -> Any:
+    from accelerate import tracking
+
+    classes = {"tensorboard": tracking.TensorBoardTracker, "wandb": tracking.WandBTracker}
+    try:
+        if name == "tensorboard":
+            return classes[name](run_name="tensorboard", logging_dir=str(run_dir))
+        return classes[name](run_name=run_dir.name)
+    except ImportError as error:
+        raise InputError(f"tracker '{name}' is not installed ({error}): pip install {name}") from error

@@ -1,0 +1,346 @@
+"""The loop: roll out, score, compare within the group, update; before and after it, the held-out suite.
+
+Everything is checked before the model is loaded, and everything a run leaves is in its run folder.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from envs.audio import audio_info, read_audio
+from envs.context import ContextSchedule
+from envs.dialogues import UserSides
+from envs.episode import Episode
+from envs.errors import InputError
+from envs.events import complete_events
+from envs.segments import Segment, read_manifest
+from envs.speech import SpeechDetector, make_detector
+from envs.vector import DuplexDialogueVectorEnv
+from rewards.aggregate import RewardFunction, RewardSpec
+from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
+from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
+from rlhf_duplex.config import Config, to_yaml
+from rlhf_duplex.evaluation.metrics import Metrics, axis_metrics, format_table, read_json, write_json
+from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
+from rlhf_duplex.learner import Learner, make_batch
+from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import Sampling
+from rlhf_duplex.report.build import build_report
+from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.sampler import segments_of_update
+from rlhf_duplex.tracking import MetricsLog
+
+NANO_DATA = Path(__file__).parent / "nano_data"
+
+
+@dataclass
+class Inputs:
+    """What a run works on, checked."""
+
+    segments: list[Segment]
+    held_out: list[Segment]
+    held_out_is_training: bool
+    reward_function: RewardFunction
+    detector: SpeechDetector
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Manifests, audio, reward axes and detector, each held against what is wrong with it, with no model loaded.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    find_bundle(config.checkpoint)
+    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
+    reward_function = RewardFunction(specs)
+    detector = make_detector(config.detector.name, **config.detector.options)
+    segments = _load_segments(config.segments, "train", detector)
+    evaluation = config.evaluation.segments
+    if evaluation is None and config.segments == "nano":
+        evaluation = "nano"
+    held_out = segments if evaluation is None else _load_segments(evaluation, "heldout", detector)
+    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
+
+
+def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
+    path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
+    segments = read_manifest(path)
+    for segment in segments:
+        # Reads what the header cannot tell: truncated files, NaN samples.
+        rate, _, _ = audio_info(segment.recording)
+        read_audio(segment.recording, segment.user_channel, rate, segment.start, segment.end)
+    return complete_events(segments, detector)
+
+
+def prepare_run_dir(config: Config) -> Path:
+    """The run folder, made and writable, with the resolved configuration in it.
+
+    Raises:
+        InputError: it cannot be written, or holds a run already and `resume` is not set.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+        temporary = run_dir / f".config.{os.getpid()}"
+        temporary.write_text(to_yaml(config))
+        os.replace(temporary, run_dir / "config.yaml")
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
+        ) from error
+    return run_dir
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM: the loop ends after the update that is under way, with a checkpoint."""
+    received: list[int] = []
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            old[number] = signal.signal(number, lambda n, _: received.append(n))
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """A run: what it works on, and its loop. Build it with `load_inputs` done and the run folder made."""
+
+    def __init__(self, config: Config, inputs: Inputs, run_dir: Path, console: Console) -> None:
+        self.config, self.inputs, self.run_dir, self.console = config, inputs, run_dir, console
+        torch.manual_seed(config.seed)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+        self.bundle: Bundle = load_bundle(config.checkpoint, config.device, dtype)
+        sampling = Sampling(**vars(config.sampling))
+        self.policy = MoshiPolicy(self.bundle.lm, sampling)
+        self.codec = self.bundle.codec
+        self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
+        users = UserSides(self.codec, inputs.detector, config.context.lead_in)
+        self.env = DuplexDialogueVectorEnv(
+            inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
+        )
+        self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
+        self.update = 0
+        if config.resume:
+            folder = last_checkpoint(run_dir)
+            if folder is None:
+                raise InputError(f"resume is set, but {run_dir} has no checkpoint: start without resume=true")
+            self.update = restore(folder, self.bundle, self.learner)
+            console.print(f"going on from {folder}, after {self.update} updates")
+
+    def evaluate(self, name: str) -> Metrics:
+        """Play the held-out suite; writes `evaluation/NAME.json` and the episodes that the report shows."""
+        config, inputs = self.config, self.inputs
+        with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
+            episodes, scores = play_suite(
+                self.policy,
+                self.env,
+                inputs.reward_function,
+                inputs.held_out,
+                config.evaluation.samples,
+                config.evaluation.seed,
+                config.rollout.batch_size,
+                advance,
+            )
+        metrics = axis_metrics(episodes, scores)
+        folder = self.run_dir / "evaluation"
+        extra = {
+            "checkpoint": config.checkpoint,
+            "update": self.update,
+            "lead_in_seconds": config.context.lead_in,
+            "samples": config.evaluation.samples,
+            "on_training_segments": inputs.held_out_is_training,
+        }
+        write_json(folder / f"{name}.json", metrics, extra)
+        save_examples(folder / name, episodes, scores, config.evaluation.episodes)
+        return metrics
+
+    def _suite_frames(self) -> float:
+        seconds = sum(s.duration + self.config.context.lead_in for s in self.inputs.held_out)
+        return seconds * self.config.evaluation.samples * self.codec.frame_rate
+
+    def rollouts(self) -> tuple[list[Episode], list[Scores], dict[str, float]]:
+        """The episodes of the next update, their scores, and the seconds that each stage took."""
+        config, update = self.config, self.update
+        trainer = config.trainer
+        groups = segments_of_update(self.inputs.segments, update, trainer.groups, config.seed)
+        rng = np.random.default_rng((config.seed, update))
+        progress_share = update / max(1, trainer.updates - 1)
+        contexts = [self.context.draw(rng, progress_share) for _ in groups]
+        started = time.perf_counter()
+        episodes = rollout(
+            self.policy,
+            self.env,
+            [segment for segment in groups for _ in range(trainer.group_size)],
+            [
+                episode_seed(config.seed, update, group, member)
+                for group in range(len(groups))
+                for member in range(trainer.group_size)
+            ],
+            [context for context in contexts for _ in range(trainer.group_size)],
+            update,
+            config.rollout.batch_size,
+        )
+        rolled = time.perf_counter()
+        scores: list[Scores] = list(self.inputs.reward_function(episodes))
+        return (
+            episodes,
+            scores,
+            {"time/rollout": rolled - started, "time/score": time.perf_counter() - rolled},
+        )
+
+    def step(self) -> dict[str, float]:
+        """One update: rollouts, advantages, optimiser steps; gives its metrics."""
+        trainer = self.config.trainer
+        episodes, scores, times = self.rollouts()
+        function = self.inputs.reward_function
+        rewards = {
+            axis: torch.from_numpy(values).reshape(-1, trainer.group_size)
+            for axis, values in function.values(scores).items()
+        }
+        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten)
+        started = time.perf_counter()
+        batch = make_batch(episodes, result.advantages.reshape(-1), self.codec.frame_rate, self.policy.device)
+        diagnostics = self.learner.update(batch, self.update)
+        times["time/update"] = time.perf_counter() - started
+        times["time/total"] = sum(times.values())
+        self.update += 1
+        seconds = sum(episode.duration for episode in episodes)
+        return {
+            "reward/total": float(np.mean([function.total(row) for row in scores])),
+            **_by_axis(result),
+            **diagnostics,
+            "episodes": float(len(episodes)),
+            "audio_seconds": seconds,
+            "audio_seconds_per_second": seconds / times["time/total"],
+            **times,
+        }
+
+    def run(self) -> bool:
+        """All updates that are left; True where a signal ended it early."""
+        config = self.config
+        log = MetricsLog(self.run_dir, config.trackers, _flat(config), self.update if config.resume else 0)
+        try:
+            with (
+                stop_requests() as stopped,
+                progress(self.console, "training", config.trainer.updates - self.update) as advance,
+            ):
+                while self.update < config.trainer.updates and not stopped:
+                    metrics = self.step()
+                    log.write(self.update, metrics)
+                    advance(1)
+                    self.console.print(_line(self.update, config.trainer.updates, metrics))
+                    if (
+                        self.update % config.checkpointing.every == 0
+                        or self.update == config.trainer.updates
+                        or stopped
+                    ):
+                        self.save()
+            return bool(stopped)
+        finally:
+            log.close()
+
+    def save(self) -> Path:
+        """A checkpoint of now."""
+        return save_checkpoint(self.run_dir, self.update, self.bundle, self.learner, self.config.checkpointing.keep)
+
+
+def _by_axis(result: AdvantageResult) -> dict[str, float]:
+    named = {
+        "reward": result.mean,
+        "reward_std": result.std,
+        "frac_zero_std": result.frac_zero_std,
+        "advantage_share": result.share,
+    }
+    return {f"{kind}/{axis}": value for kind, values in named.items() for axis, value in values.items()}
+
+
+def _flat(config: Config) -> dict[str, str | int | float | bool]:
+    scalars = {key: value for key, value in vars(config).items() if isinstance(value, str | int | float | bool)}
+    for name in ("trainer", "optimiser", "sampling", "context"):
+        part = vars(getattr(config, name))
+        scalars.update({f"{name}.{k}": v for k, v in part.items() if isinstance(v, str | int | float | bool)})
+    return scalars
+
+
+def _line(update: int, updates: int, metrics: dict[str, float]) -> str:
+    axes = "  ".join(f"{key.split('/')[1]} {value:+.2f}" for key, value in metrics.items() if key.startswith("reward/"))
+    return (
+        f"update {update}/{updates}  {axes}  KL {metrics['kl']:.4f}  "
+        f"{metrics['audio_seconds_per_second']:.0f} audio-s/s"
+    )
+
+
+@contextmanager
+def progress(console: Console, label: str, total: float) -> Iterator:
+    """A progress bar; gives a function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def train(config: Config, console: Console | None = None) -> Path:
+    """A whole run: checks, evaluation before, updates, evaluation after, report. Gives the run folder.
+
+    Raises:
+        InputError: what the user can fix, before the model is loaded wherever that can be known.
+        NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
+    """
+    console = console or Console()
+    run_dir = prepare_run_dir(config)
+    inputs = load_inputs(config)
+    trainer = Trainer(config, inputs, run_dir, console)
+    before_path = run_dir / "evaluation" / "before.json"
+    before = read_json(before_path) if config.resume and before_path.is_file() else None
+    if before is None:
+        trainer.evaluate("before")
+        before = read_json(before_path)
+    if trainer.run():
+        report = build_report(run_dir)
+        console.print(
+            f"stopped after update {trainer.update}: checkpoint in {run_dir / 'checkpoints'}, report in {report}; "
+            "go on with resume=true"
+        )
+        return run_dir
+    trainer.evaluate("after")
+    report = build_report(run_dir)
+    console.print(format_table(before, read_json(run_dir / "evaluation" / "after.json")))
+    if inputs.held_out_is_training:
+        console.print("measured on the training segments: give evaluation.segments for held-out ones")
+    console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}")
+    return run_dir
+
+
+def evaluate(config: Config, console: Console | None = None) -> Path:
+    """The held-out suite with a checkpoint as it is; writes `evaluation/before.json` in the run folder.
+
+    Raises:
+        InputError: as in `train`.
+    """
+    console = console or Console()
+    run_dir = prepare_run_dir(config)
+    trainer = Trainer(config, load_inputs(config), run_dir, console)
+    trainer.evaluate("before")
+    path = run_dir / "evaluation" / "before.json"
+    console.print(format_table(read_json(path), None))
+    console.print(f"wrote {path}")
+    return path
