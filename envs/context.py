@@ -30,7 +30,8 @@ class ContextSchedule:
             raise InputError(f"context schedule '{self.schedule}' is not known: choose linear or constant")
         if not 0 <= self.probability <= 1 or self.max_seconds < 0:
             raise InputError(
-                f"context needs 0 <= probability <= 1 and max_seconds >= 0, found {self.probability}, {self.max_seconds}"
+                f"context needs 0 <= probability <= 1 and max_seconds >= 0, "
+                f"found {self.probability}, {self.max_seconds}"
             )
 
     def limit(self, progress: float) -> float:

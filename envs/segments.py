@@ -215,7 +215,8 @@ def _check_recording(segment: Segment, channels: int, duration: float) -> None:
         )
     if segment.user_channel >= channels:
         raise InputError(
-            f"`user_channel` {segment.user_channel} is out of range: {segment.recording} has channels 0 to {channels - 1}"
+            f"`user_channel` {segment.user_channel} is out of range: {segment.recording} has channels "
+            f"0 to {channels - 1}"
         )
     if segment.end > duration + 0.05:
         raise InputError(

@@ -28,7 +28,7 @@ class RewardSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> "RewardSpec":
-        """From `{weight: 1.0, target: ..., <option>: ...}`, where whatever is neither weight nor target is an option."""
+        """From `{weight: 1.0, target: ..., <option>: ...}`: what is neither weight nor target is an option."""
         options = dict(config or {})
         return cls(options.pop("weight", 1.0), options.pop("target", None), options)
 

@@ -48,8 +48,8 @@ class Backchannel(RewardAxis):
         true = episode.event_intervals("true_backchannels")
         if true is None:
             raise InputError(
-                f"reward axis '{self.name}': segment '{episode.segment.id}' has no event `true_backchannels`: add it to "
-                "the manifest, or let envs.complete_events find it in the recording"
+                f"reward axis '{self.name}': segment '{episode.segment.id}' has no event `true_backchannels`: "
+                "add it to the manifest, or let envs.complete_events find it in the recording"
             )
         units = agent_units(episode)
         takeovers = [unit for unit in units if longer(unit, self.backchannel_seconds)]

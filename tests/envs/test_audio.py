@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import soundfile
+
+from envs import InputError
+from envs.audio import audio_info, read_audio, resample, write_audio
+
+
+def test_a_channel_and_a_window_of_it(tmp_path):
+    left, right = np.full(16000, 0.25), np.linspace(0, 0.5, 16000)
+    soundfile.write(str(tmp_path / "a.wav"), np.stack([left, right], 1), 16000)
+    assert audio_info(tmp_path / "a.wav") == (16000, 2, 1.0)
+    audio = read_audio(tmp_path / "a.wav", 1, 16000, 0.25, 0.75)
+    assert audio.dtype == np.float32
+    np.testing.assert_allclose(audio, right[4000:12000], atol=1 / 32768)
+    # At half the rate there are half as many samples.
+    assert read_audio(tmp_path / "a.wav", 0, 8000).shape == (8000,)
+
+
+def test_an_end_rounded_past_the_last_sample_is_accepted(write_dialogue):
+    assert len(read_audio(write_dialogue(seconds=2.0), 0, 16000, 1.0, 2.0004)) == 16000
+
+
+def test_what_cannot_be_read_says_why(tmp_path, write_dialogue):
+    (tmp_path / "corrupt.flac").write_bytes(b"this is no audio")
+    (tmp_path / "empty.wav").touch()
+    bad = np.zeros((16000, 2), dtype=np.float32)
+    bad[100, 1] = np.nan
+    soundfile.write(str(tmp_path / "nan.wav"), bad, 16000, subtype="FLOAT")
+    stereo = write_dialogue(seconds=2.0)
+    mono = write_dialogue("mono.flac", channels=1)
+    cases = [
+        ("does not exist", tmp_path / "missing.wav", 0, 0.0, None),
+        ("cannot be read as audio .* corrupt or empty", tmp_path / "corrupt.flac", 0, 0.0, None),
+        ("cannot be read as audio .* corrupt or empty", tmp_path / "empty.wav", 0, 0.0, None),
+        ("has 1 channel.*, 2 are needed", mono, 0, 0.0, None),
+        ("channel 2 of .* is out of range: the file has channels 0 to 1", stereo, 2, 0.0, None),
+        ("1.000-3.000 s lies outside .*, which lasts 2.000 s", stereo, 0, 1.0, 3.0),
+        ("1.500-1.000 s lies outside", stereo, 0, 1.5, 1.0),
+        ("NaN or infinite samples on channel 1", tmp_path / "nan.wav", 1, 0.0, None),
+    ]
+    for message, path, channel, start, end in cases:
+        with pytest.raises(InputError, match=message):
+            read_audio(path, channel, 16000, start, end)
+    assert len(read_audio(tmp_path / "nan.wav", 0, 16000)) == 16000  # the other channel is whole
+
+
+def test_writing_is_whole_or_not_at_all_and_clips(tmp_path):
+    write_audio(tmp_path / "new" / "a.flac", np.array([0.5, 2.0, -2.0], dtype=np.float32), 8000)
+    audio, rate = soundfile.read(str(tmp_path / "new" / "a.flac"))
+    assert rate == 8000
+    np.testing.assert_allclose(audio, [0.5, 1.0, -1.0], atol=1e-4)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.flac"]
+
+
+def test_resampling_keeps_a_tone():
+    tone = np.sin(2 * np.pi * 440 * np.arange(24000) / 24000).astype(np.float32)
+    lower = resample(tone, 24000, 8000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    np.testing.assert_allclose(lower[200:-200], expected[200:-200], atol=1e-2)
+    assert resample(tone, 24000, 24000) is tone

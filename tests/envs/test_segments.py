@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from envs import InputError, read_manifest, write_manifest
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write_rows, row):
+    write_dialogue()
+    words = [["yes", [1.5, 1.8], "user"]]
+    segments = read_manifest(write_rows(row(transcript=words), "", row(id="s1", events={})))
+    assert [s.id for s in segments] == ["s0", "s1"]
+    assert (segments[0].duration, segments[0].agent_channel) == (8.0, 0)
+    write_manifest(tmp_path / "deeper" / "copy.jsonl", segments)
+    line = json.loads((tmp_path / "deeper" / "copy.jsonl").read_text().splitlines()[0])
+    assert line["recording"] == "../dialogue.flac"  # relative to the manifest it stands in
+    again = read_manifest(tmp_path / "deeper" / "copy.jsonl")
+    assert [(s.id, s.events, s.transcript) for s in again] == [(s.id, s.events, s.transcript) for s in segments]
+
+
+WRONG_ROWS = [
+    ({"axis": "content"}, "unknown axis 'content': the axes of segments are pause_handling, turn_taking"),
+    ({"user_channel": 2}, "`user_channel` 2 is out of range: .* has channels 0 to 1"),
+    ({"user_channel": -1}, "`user_channel` must be a channel index from 0, found -1"),
+    ({"user_channel": True}, "`user_channel` must be a channel index from 0, found True"),
+    ({"start": 5.0, "end": 5.0}, "0 <= start < end, found 5.0 and 5.0"),
+    ({"end": 99.0}, "segment 1.0-99.0 s lies outside .*, which lasts 10.000 s"),
+    ({"end": float("nan")}, "0 <= start < end"),
+    ({"recording": "gone.flac"}, "gone.flac does not exist"),
+    ({"recording": "mono.flac"}, "has 1 channel.*, 2 are needed"),
+    ({"recording": "corrupt.flac"}, "cannot be read as audio .*corrupt or empty"),
+    ({"recording": "empty.flac"}, "cannot be read as audio .*corrupt or empty"),
+    ({"id": ""}, "`id` must be a non-empty string"),
+    ({"stop": 3.0}, "unknown key `stop`: the keys are id, axis"),
+    ({"events": [1]}, "`events` must be an object, found list"),
+    ({"events": {"user_turn_end": 9.5}}, "event 'user_turn_end' at 9.5 lies outside the segment 1.0-9.0 s"),
+    ({"events": {"user_turn_end": "late"}}, "event 'user_turn_end' must be a time"),
+    ({"events": {"user_turn_end": [2.0, 3.0]}}, "event 'user_turn_end' must be a time, found"),
+    ({"events": {"true_backchannels": [2.0, 3.0]}}, "event 'true_backchannels' must be a list of intervals"),
+    ({"events": {"interruption": [[2.0, 3.0]]}}, r"event 'interruption' must be one interval \[start, end\]"),
+    ({"events": {"pauses": [[3.0, 2.0]]}}, "event 'pauses' must be a list of intervals"),
+    ({"transcript": "hello"}, "`transcript` must be a list"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_ROWS, ids=[m[:40] for _, m in WRONG_ROWS])
+def test_a_wrong_line_is_named_with_its_number(changes, message, tmp_path, write_dialogue, write_rows, row):
+    write_dialogue()
+    write_dialogue("mono.flac", channels=1)
+    (tmp_path / "corrupt.flac").write_bytes(b"no audio at all")
+    (tmp_path / "empty.flac").touch()
+    path = write_rows(row(id="right"), row(**changes))
+    with pytest.raises(InputError, match=f"segments.jsonl:2: .*{message}"):
+        read_manifest(path)
+
+
+def test_lines_that_are_no_segment(write_dialogue, write_rows, row):
+    write_dialogue()
+    lacking = row()
+    del lacking["start"], lacking["axis"]
+    for line, message in [
+        ("{not json", "not valid JSON"),
+        ("[1, 2]", "a segment must be a JSON object, found list"),
+        (lacking, "missing `axis`, `start`"),
+        (row(), "id 's0' was already used on line 1: ids must be unique"),
+    ]:
+        with pytest.raises(InputError, match=f"segments.jsonl:2: {message}"):
+            read_manifest(write_rows(row(), line))
+
+
+def test_no_manifest_an_empty_one_and_one_that_is_no_text(tmp_path, write_rows):
+    with pytest.raises(InputError, match=r"does not exist: give the path of a segments\.jsonl"):
+        read_manifest(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputError, match="holds no segment"):
+        read_manifest(write_rows("", "  "))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        read_manifest(tmp_path / "binary.jsonl")

@@ -1,0 +1,41 @@
+import math
+
+import numpy as np
+import pytest
+
+from envs import InputError
+from rewards import RewardFunction, RewardSpec
+
+
+def test_the_sum_leaves_out_axes_without_a_score(episode):
+    function = RewardFunction({"turn_taking": RewardSpec(2.0), "pause_handling": RewardSpec(0.5)})
+    episodes = [
+        episode("turn_taking", [(10.3, 12)], user_turn_end=10.0),
+        episode("pause_handling", [(5, 7)]),
+        episode("user_interruption"),
+    ]
+    scores = function(episodes)
+    assert scores[0]["pause_handling"] is None
+    # 2.0 x -0.3; 0.5 x -1; no axis at all.
+    assert [function.total(row) for row in scores] == pytest.approx([-0.6, -0.5, 0.0])
+    values = function.values(scores)
+    np.testing.assert_allclose(values["turn_taking"], [-0.3, math.nan, math.nan])
+    np.testing.assert_allclose(values["pause_handling"], [math.nan, -1.0, math.nan])
+    assert function([]) == []
+
+
+def test_a_spec_reads_options_beside_weight_and_target():
+    spec = RewardSpec.from_config({"weight": 0.5, "yield_weight": 1.0})
+    assert spec == RewardSpec(0.5, None, {"yield_weight": 1.0})
+    assert RewardFunction({"user_interruption": spec}).axes["user_interruption"].yield_weight == 1.0
+    assert RewardSpec.from_config(None) == RewardSpec()
+
+
+def test_wrong_configurations():
+    with pytest.raises(InputError, match="no reward axis is configured"):
+        RewardFunction({})
+    with pytest.raises(InputError, match="unknown reward axis 'humour'"):
+        RewardFunction({"humour": RewardSpec()})
+    for weight in ("much", math.nan, True):
+        with pytest.raises(InputError, match="'backchannel': `weight` must be a finite number"):
+            RewardFunction({"backchannel": RewardSpec(weight)})

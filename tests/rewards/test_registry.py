@@ -1,0 +1,117 @@
+import math
+
+import pytest
+
+import rewards.axis
+from envs import InputError
+from rewards import RewardAxis, Score, checked_scores, find_axis, make_axis, register_axis, registered_axes
+
+BUILT_IN = {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    registered_axes()
+    monkeypatch.setattr(rewards.axis, "_REGISTRY", dict(rewards.axis._REGISTRY))
+
+
+def axis_giving(scores):
+    class Given(RewardAxis):
+        name = "given"
+
+        def score(self, episodes):
+            return scores
+
+    return Given()
+
+
+def test_the_built_in_axes_are_known():
+    assert set(registered_axes()) >= BUILT_IN
+    assert make_axis("backchannel", tolerance=0.5).tolerance == 0.5
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(InputError, match=r"reward axis 'backchannel' is defined twice, by rewards\.backchannel"):
+
+        @register_axis
+        class Another(RewardAxis):
+            name = "backchannel"
+
+    with pytest.raises(InputError, match="has no `name`"):
+
+        @register_axis
+        class Nameless(RewardAxis):
+            pass
+
+
+def test_unknown_names_options_and_targets():
+    with pytest.raises(InputError, match=r"unknown reward axis 'humour': the known ones are backchannel, "):
+        find_axis("humour")
+    with pytest.raises(InputError, match=r"reward axis 'backchannel': .*tolerence"):
+        make_axis("backchannel", tolerence=0.5)
+    for target, message in [
+        ("no_such_module:Axis", "target 'no_such_module:Axis' cannot be imported"),
+        ("rewards.backchannel:Nothing", "cannot be imported"),
+        ("rewards.backchannel", "neither module:Class nor a .py file"),
+        ("rewards.axis:Score", "is not a subclass of rewards.RewardAxis"),
+        ("nowhere/axes.py", "file nowhere/axes.py does not exist"),
+    ]:
+        with pytest.raises(InputError, match=f"reward axis 'mine': .*{message}"):
+            find_axis("mine", target)
+
+
+FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from rewards import RewardAxis, Score, register_axis
+
+@register_axis
+@dataclass
+class Mine(RewardAxis):
+    factor: float = 1.0
+    name = "mine"
+
+    def score_episode(self, episode):
+        return Score(self.factor * episode.duration)
+"""
+
+
+def test_an_axis_from_a_file_can_be_read_again(tmp_path, episode):
+    (tmp_path / "my_axes.py").write_text(FILE)
+    for _ in range(2):
+        axis = make_axis("mine", str(tmp_path / "my_axes.py"), factor=0.5)
+        assert checked_scores(axis, [episode("turn_taking")]) == [Score(10.0)]
+    with pytest.raises(InputError, match="defines no RewardAxis of that name"):
+        find_axis("yours", str(tmp_path / "my_axes.py"))
+
+
+def test_an_axis_from_a_module_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "axes_beside_the_config.py").write_text(FILE)
+    monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
+    monkeypatch.chdir(tmp_path)
+    assert find_axis("mine", "axes_beside_the_config:Mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([], "reward axis 'given' gave 0 scores for 1 episodes"),
+        (None, "reward axis 'given': score must return a list, found NoneType"),
+        ([Score(math.nan)], "reward axis 'given', episode of segment 's7': the value nan is not finite"),
+        ([Score(math.inf)], "the value inf is not finite"),
+        ([Score("high")], "the value must be a number, found str"),
+        ([0.5], "'s7': expected a Score or None, found float"),
+    ],
+)
+def test_a_broken_contract_names_axis_and_episode(scores, message, episode):
+    with pytest.raises(ValueError, match=message):
+        checked_scores(axis_giving(scores), [episode("turn_taking")])
+
+
+def test_an_axis_that_defines_no_score(episode):
+    class Empty(RewardAxis):
+        name = "empty"
+
+    with pytest.raises(TypeError, match="'empty' defines neither score nor score_episode"):
+        Empty().score([episode("turn_taking")])
