@@ -1,0 +1,228 @@
+"""What an agent did on each axis, as numbers with intervals, and the table of before and after.
+
+Definitions follow arXiv 2606.11167, section 3, and Full-Duplex-Bench v1 (arXiv 2503.04721) where it has the metric;
+speech is what the detector heard in the decoded audio.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from scipy.spatial.distance import jensenshannon
+
+from envs.episode import Episode
+from envs.errors import InputError
+from envs.segments import SEGMENT_AXES
+from envs.speech import Interval
+from envs.utterances import utterances
+from rewards.axis import Score
+from rewards.timing import ROUNDING_SECONDS, agent_units, longer
+from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval, paired_difference, segment_means
+
+TAKEOVER_SECONDS = 1.0
+JSD_BIN_SECONDS = 0.2
+
+# By axis and metric: +1 where higher is better, -1 where lower is, 0 where neither.
+DIRECTION: dict[tuple[str, str], int] = {
+    ("pause_handling", "takeover_rate"): -1,
+    ("turn_taking", "takeover_rate"): 1,
+    ("turn_taking", "latency"): -1,
+    ("turn_taking", "barge_in_rate"): -1,
+    ("backchannel", "takeover_rate"): -1,
+    ("backchannel", "f1"): 1,
+    ("backchannel", "frequency"): 0,
+    ("backchannel", "jsd"): -1,
+    ("user_interruption", "takeover_rate"): 1,
+    ("user_interruption", "latency"): -1,
+}
+
+# By axis and metric, the value of each segment.
+SegmentValues = dict[str, dict[str, dict[str, float]]]
+
+
+def direction(axis: str, metric: str) -> int:
+    """Whether higher (+1) or lower (-1) is better, or neither (0)."""
+    return 1 if metric == "reward" else DIRECTION.get((axis, metric), 0)
+
+
+def episode_metrics(episode: Episode) -> dict[str, float]:
+    """The metrics of one episode, by name; what it does not have (the latency of a turn not taken) is absent."""
+    return _METRICS[episode.segment.axis](episode)
+
+
+def _takeovers(episode: Episode) -> list[Interval]:
+    return [unit for unit in agent_units(episode) if longer(unit, TAKEOVER_SECONDS)]
+
+
+def _pause_handling(episode: Episode) -> dict[str, float]:
+    return {"takeover_rate": float(bool(_takeovers(episode)))}
+
+
+def _turn_taking(episode: Episode) -> dict[str, float]:
+    turn_end = episode.event_time("user_turn_end")
+    if turn_end is None:
+        return {}
+    long = [u for u in utterances(episode.scored_agent_speech) if longer(u, TAKEOVER_SECONDS)]
+    answers = [u for u in long if u.start >= turn_end - ROUNDING_SECONDS]
+    found = {"takeover_rate": float(bool(answers)), "barge_in_rate": float(len(answers) < len(long))}
+    return found | ({"latency": max(0.0, answers[0].start - turn_end)} if answers else {})
+
+
+def _backchannel(episode: Episode) -> dict[str, float]:
+    short = [unit for unit in agent_units(episode) if not longer(unit, TAKEOVER_SECONDS)]
+    seconds = episode.duration - episode.scored_from
+    found = {"takeover_rate": float(bool(_takeovers(episode))), "frequency": len(short) / seconds}
+    true = episode.event_intervals("true_backchannels")
+    if true:
+        found["jsd"] = timing_divergence(short, true, episode.scored_from, episode.duration)
+    return found
+
+
+def timing_divergence(found: Sequence[Interval], true: Sequence[Interval], start: float, end: float) -> float:
+    """Jensen-Shannon distance (natural logarithm) of two timings over 0.2 s bins; 1 where nothing was found.
+
+    A bin counts the intervals that touch it; 1e-10 is added before normalising (Full-Duplex-Bench v1).
+    """
+    if not found:
+        return 1.0
+    bins = max(1, int(np.ceil((end - start) / JSD_BIN_SECONDS)))
+
+    def histogram(intervals: Sequence[Interval]) -> np.ndarray:
+        counts = np.full(bins, 1e-10)
+        for interval in intervals:
+            first = int(np.clip((interval.start - start) / JSD_BIN_SECONDS, 0, bins - 1))
+            last = int(np.clip((interval.end - start) / JSD_BIN_SECONDS, 0, bins - 1))
+            counts[first : last + 1] += 1
+        return counts / counts.sum()
+
+    return float(jensenshannon(histogram(found), histogram(true)))
+
+
+def _user_interruption(episode: Episode) -> dict[str, float]:
+    interruption = episode.event_intervals("interruption")
+    if not interruption:
+        return {}
+    end = interruption[0].end
+    after = [unit for unit in agent_units(episode) if unit.start >= end - ROUNDING_SECONDS]
+    found = {"takeover_rate": float(bool(after))}
+    return found | ({"latency": max(0.0, after[0].start - end)} if after else {})
+
+
+_METRICS = {
+    "pause_handling": _pause_handling,
+    "turn_taking": _turn_taking,
+    "backchannel": _backchannel,
+    "user_interruption": _user_interruption,
+}
+
+
+def segment_values(episodes: Sequence[Episode], scores: Sequence[Mapping[str, Score | None]]) -> SegmentValues:
+    """By axis and metric, the mean over each segment's episodes.
+
+    `reward` is the axis' own score; a reward axis that is not an axis of segments (`content`, one of the user's own)
+    has a row of its own, over all segments that it scored.
+    """
+    rows: dict[str, dict[str, tuple[list[float], list[str]]]] = {}
+    for episode, row in zip(episodes, scores, strict=True):
+        axis = episode.segment.axis
+        values = dict(episode_metrics(episode))
+        own = row.get(axis)
+        if own is not None:
+            values["reward"] = own.value
+            if axis == "backchannel":
+                values["f1"] = own.value  # the reward of this axis is the F1
+        columns = {(axis, metric): value for metric, value in values.items()}
+        columns |= {(name, "reward"): s.value for name, s in row.items() if s is not None and name not in SEGMENT_AXES}
+        for (name, metric), value in columns.items():
+            found, segments = rows.setdefault(name, {}).setdefault(metric, ([], []))
+            found.append(value)
+            segments.append(episode.segment.id)
+    return {
+        axis: {metric: segment_means(*found) for metric, found in metrics.items()} for axis, metrics in rows.items()
+    }
+
+
+def axis_metrics(values: SegmentValues) -> dict[str, dict[str, Estimate]]:
+    """By axis and metric, mean and interval over the segments."""
+    return {
+        axis: {metric: bootstrap_interval(list(column.values())) for metric, column in metrics.items()}
+        for axis, metrics in values.items()
+    }
+
+
+def write_results(path: Path, values: SegmentValues, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `evaluation/*.json` atomically: intervals under `axes`, what they are of under `segments`, and `extra`."""
+    estimates = axis_metrics(values)
+    record = {
+        **extra,
+        "axes": {a: {m: e._asdict() for m, e in metrics.items()} for a, metrics in estimates.items()},
+        "segments": values,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+    return record
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_results` wrote.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record["axes"], dict):
+            raise TypeError("`axes` is no object")
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no result of an evaluation ({type(error).__name__}: {error})") from error
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> Estimate | None:
+    """The paired difference of a metric between two results, or None where they share no segment."""
+    tables = [result.get("segments", {}).get(axis, {}).get(metric, {}) for result in (before, after)]
+    return paired_difference(*tables)
+
+
+def verdict(axis: str, metric: str, difference: Estimate | None) -> str:
+    """`better` or `worse` where the whole interval of the difference lies on one side of 0, else `no change`."""
+    if difference is None:
+        return "not comparable"
+    sign = direction(axis, metric)
+    if difference.low <= 0 <= difference.high:
+        return "no change"
+    if sign == 0:
+        return "changed"
+    return "better" if (difference.mean > 0) == (sign > 0) else "worse"
+
+
+def format_table(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
+    """The results as a table for the console, one row a metric."""
+    table = Table(title="held-out segments, mean [95 % interval]", title_justify="left")
+    for column in ("axis", "metric", "n", "before" if after else "value"):
+        table.add_column(column)
+    if after is not None:
+        for column in ("after", "difference", ""):
+            table.add_column(column)
+    colours = {"better": "green", "worse": "red"}
+    for axis, metrics in before["axes"].items():
+        for metric, estimate in metrics.items():
+            cells = [axis, metric, str(estimate["n"]), _interval(estimate)]
+            if after is not None:
+                later = after["axes"].get(axis, {}).get(metric)
+                difference = change(before, after, axis, metric)
+                word = verdict(axis, metric, difference)
+                cells += [_interval(later) if later else "-", _interval(difference._asdict()) if difference else "-"]
+                cells.append(f"[{colours[word]}]{word}[/]" if word in colours else word)
+            table.add_row(*cells)
+    return table
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['mean']:+.3f} \\[{estimate['low']:+.3f}, {estimate['high']:+.3f}]"

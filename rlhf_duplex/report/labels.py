@@ -1,0 +1,75 @@
+"""What axes and metrics are called in the report, what they mean, and how their numbers are written."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Label(NamedTuple):
+    """A metric in words: its name, its unit (empty for a pure number) and what it measures."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+AXIS_TITLES: dict[str, str] = {
+    "pause_handling": "Pause handling",
+    "turn_taking": "Turn-taking",
+    "backchannel": "Backchannel",
+    "user_interruption": "User interruption",
+    "content": "Content",
+}
+
+_LABELS: dict[tuple[str, str], Label] = {
+    ("pause_handling", "reward"): Label("reward", "", "-1 for speech longer than 1 s in the user's utterance, else 0"),
+    ("pause_handling", "takeover_rate"): Label("takeover rate", "%", "episodes with agent speech longer than 1 s"),
+    ("turn_taking", "reward"): Label("reward", "s", "minus the distance of the agent's turn from the user's turn end"),
+    ("turn_taking", "takeover_rate"): Label("takeover rate", "%", "episodes where the agent takes the turn at its end"),
+    ("turn_taking", "latency"): Label("latency", "s", "from the user's turn end to the agent's turn, where taken"),
+    ("turn_taking", "barge_in_rate"): Label("barge-in rate", "%", "episodes where the agent takes the turn too early"),
+    ("backchannel", "reward"): Label("reward", "", "F1 of the agent's backchannels against the true ones"),
+    ("backchannel", "takeover_rate"): Label("takeover rate", "%", "episodes with agent speech longer than 1 s"),
+    ("backchannel", "f1"): Label("F1", "", "backchannels within 1 s of a true one, one to one"),
+    ("backchannel", "frequency"): Label("frequency", "/s", "backchannels a second; neither direction is better"),
+    ("backchannel", "jsd"): Label("JS distance", "", "of their timing to the true ones', 0.2 s bins; 1 for none"),
+    ("user_interruption", "reward"): Label("reward", "s", "minus the time from the interruption's end to the answer"),
+    ("user_interruption", "takeover_rate"): Label("answer rate", "%", "episodes with an answer after the interruption"),
+    ("user_interruption", "latency"): Label("latency", "s", "from the interruption's end to the answer, if any"),
+}
+
+_ORDER = ("reward", "takeover_rate", "barge_in_rate", "latency", "f1", "frequency", "jsd")
+
+
+def axis_title(axis: str) -> str:
+    """The axis as a heading; an axis that is not built in keeps its own name."""
+    return AXIS_TITLES.get(axis, axis)
+
+
+def label(axis: str, metric: str) -> Label:
+    """The words for a metric; one that is not known keeps its own name."""
+    return _LABELS.get((axis, metric), Label(metric.replace("_", " "), "", ""))
+
+
+def ordered(metrics: Mapping[str, object]) -> list[str]:
+    """Metric names, the reward first, unknown ones last."""
+    return sorted(metrics, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def number(value: float, unit: str = "", signed: bool = False) -> str:
+    """A value with its unit: two decimals (three for pure numbers), shares as percent, a true minus sign."""
+    if unit == "%":
+        text = f"{100 * value:+.0f}" if signed else f"{100 * value:.0f}"
+    else:
+        digits = 2 if unit == "s" else 3
+        text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    suffix = "" if not unit else f" {unit}" if unit != "/s" else "/s"
+    return text.replace("-", "\u2212") + suffix
+
+
+def interval(low: float, high: float, unit: str = "", signed: bool = False) -> str:
+    """`low to high`, with the unit once."""
+    shown = number(low, unit, signed)
+    bare = shown.removesuffix("/s").removesuffix(f" {unit}") if unit else shown
+    return f"{bare} to {number(high, unit, signed)}"
