@@ -25,6 +25,7 @@ from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval, pair
 
 TAKEOVER_SECONDS = 1.0
 JSD_BIN_SECONDS = 0.2
+MIN_SEGMENTS = 5  # of fewer, a bootstrap interval is far too narrow to be called a verdict (of one it is a point)
 
 # By axis and metric: +1 where higher is better, -1 where lower is, 0 where neither.
 DIRECTION: dict[tuple[str, str], int] = {
@@ -191,9 +192,14 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metri
 
 
 def verdict(axis: str, metric: str, difference: Estimate | None) -> str:
-    """`better` or `worse` where the whole interval of the difference lies on one side of 0, else `no change`."""
+    """`better` or `worse` where the whole interval of the difference lies on one side of 0, else `no change`.
+
+    `changed` where neither direction is better, `too few segments` below `MIN_SEGMENTS`, `not comparable` without any.
+    """
     if difference is None:
         return "not comparable"
+    if difference.n < MIN_SEGMENTS:
+        return "too few segments"
     sign = direction(axis, metric)
     if difference.low <= 0 <= difference.high:
         return "no change"

@@ -8,18 +8,15 @@ from pathlib import Path
 
 from envs.episode import Episode
 from envs.segments import Segment
-from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction
 from rewards.axis import Score
-from rlhf_duplex.policy.moshi import MoshiPolicy
-from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.rollout import Stage, episode_seed
 
 Scores = Mapping[str, Score | None]
 
 
 def play_suite(
-    policy: MoshiPolicy,
-    env: DuplexDialogueVectorEnv,
+    stage: Stage,
     reward_function: RewardFunction,
     segments: Sequence[Segment],
     samples: int = 1,
@@ -33,7 +30,7 @@ def play_suite(
     """
     chosen = [segment for segment in segments for _ in range(samples)]
     seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
-    episodes = rollout(policy, env, chosen, seeds, [0.0] * len(chosen), batch_size=batch_size, on_frame=on_frame)
+    episodes = stage.rollout(chosen, seeds, [0.0] * len(chosen), batch_size=batch_size, on_frame=on_frame)
     return episodes, list(reward_function(episodes))
 
 

@@ -24,7 +24,14 @@ from rlhf_duplex.tracking import read_metrics
 STAGES = ("before", "after")
 EPISODES_PER_AXIS = 2
 MAX_AUDIO_BYTES = 3_200_000
-_SIGNS = {"better": "\u2713", "worse": "\u2717", "no change": "=", "changed": "\u2260", "not comparable": "\u2013"}
+_SIGNS = {
+    "better": "\u2713",
+    "worse": "\u2717",
+    "no change": "=",
+    "changed": "\u2260",
+    "not comparable": "\u2013",
+    "too few segments": "?",
+}
 
 
 def build_report(run_dir: Path) -> Path:
@@ -152,9 +159,15 @@ def _summary(results: Mapping[str, Any]) -> str:
     for axis in before["axes"]:
         word = verdict(axis, "reward", change(before, after, axis, "reward"))
         found.setdefault(word, []).append(axis_title(axis).lower())
-    texts = {"better": "improved", "worse": "fell", "no change": "shows no clear change", "not comparable": "not known"}
-    parts = [f"{texts.get(word, word)} on {', '.join(found[word])}" for word in texts if word in found]
-    return f"Reward {'; '.join(parts)}." if parts else ""
+    texts = {
+        "better": "improved on",
+        "worse": "fell on",
+        "no change": "no clear change on",
+        "too few segments": "too few segments to tell on",
+        "not comparable": "not comparable on",
+    }
+    parts = [f"{text} {', '.join(found[word])}" for word, text in texts.items() if word in found]
+    return f"Reward: {'; '.join(parts)}." if parts else ""
 
 
 def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

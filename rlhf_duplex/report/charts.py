@@ -89,7 +89,7 @@ def line_chart(
             mean = trailing_mean(points[:, 1], max(2, len(points) // 10))
             points = np.column_stack([points[:, 0], mean])
         parts.append(_path(points, x_at, y_at, colour, dash, 2, 1))
-        if not many and len(points) <= 40:
+        if not many and len(points) <= (40 if len(clean) == 1 else 12):
             parts += [
                 Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.2" fill="{}"/>').format(x_at(x), y_at(y), colour)
                 for x, y in points

@@ -21,7 +21,7 @@ AXIS_TITLES: dict[str, str] = {
 }
 
 _LABELS: dict[tuple[str, str], Label] = {
-    ("pause_handling", "reward"): Label("reward", "", "-1 for speech longer than 1 s in the user's utterance, else 0"),
+    ("pause_handling", "reward"): Label("reward", "", "\u22121 for agent speech longer than 1 s, else 0"),
     ("pause_handling", "takeover_rate"): Label("takeover rate", "%", "episodes with agent speech longer than 1 s"),
     ("turn_taking", "reward"): Label("reward", "s", "minus the distance of the agent's turn from the user's turn end"),
     ("turn_taking", "takeover_rate"): Label("takeover rate", "%", "episodes where the agent takes the turn at its end"),

@@ -58,7 +58,7 @@ def tone(speech, seconds, pitch):
 
 def make_episode(axis, agent, index=0, shift=0.0, text="yes I think so", words=("hello", "there")):
     segment = Segment(
-        f"{axis}-{index} {HOSTILE}" if index == 0 else f"{axis}-{index}",
+        f"{axis}-{index} {HOSTILE}",
         axis,
         Path("/nowhere/dialogue.flac"),
         1,
@@ -79,7 +79,7 @@ def score(episodes):
     return [{name: column[i] for name, column in columns.items()} for i in range(len(episodes))]
 
 
-def make_run(folder, segments_per_axis=4, updates=30, after=True):
+def make_run(folder, segments_per_axis=6, updates=30, after=True):
     """A run folder as the trainer writes it: 3 s lead-in, four axes, better timing after than before."""
     folder.mkdir()
     (folder / "config.yaml").write_text(
@@ -171,10 +171,10 @@ def test_hostile_text_is_text(page):
 
 def test_page_says_what_was_run_and_what_came_of_it(page):
     text = " ".join("".join(Page(page).text).split())
-    for expected in ("GRPO", "30 of 30", "3.0 s of silence", "2 min 18 s", "16 segments, 1 episode of each"):
+    for expected in ("GRPO", "30 of 30", "3.0 s of silence", "2 min 18 s", "24 segments, 1 episode of each"):
         assert expected in text
-    # All four axes improve on all of their four segments, and none of them by chance.
-    assert "Reward improved on pause handling, turn-taking, backchannel, user interruption." in text
+    # All four axes improve on all of their six segments, and none of them by chance.
+    assert "Reward: improved on pause handling, turn-taking, backchannel, user interruption." in text
     # Turn-taking: the turn ends at 5.0 s, the agent starts at 6.9 s before and at 5.3 s after.
     assert "Turn-taking: reward \u22121.90 s (latency 1.90 s)." in text
     assert "latency 0.30 s" in text
@@ -273,6 +273,7 @@ def test_figures_on_training_segments_are_marked(tmp_path):
     text = "".join(Page(build_report(folder).read_text()).text)
     assert "measured on the training segments" in text
     assert "different lead-ins" in text
+    assert "too few segments to tell on pause handling" in text
 
 
 def test_median_segments():
