@@ -1,0 +1,68 @@
+"""Does Silero hear the codec's reconstruction as it hears the original? Frame agreement and interval overlap."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import librosa
+import numpy as np
+import torch
+
+from . import codec, listen
+
+
+def agreement(mimi, utterances: list[np.ndarray]) -> tuple[float, float]:
+    """Share of 32 ms blocks with the same decision, and intersection over union of the speech intervals.
+
+    utterances: float32 [N] at 8 kHz; half a second of silence goes before and after each.
+    """
+    same = blocks = both = either = 0.0
+    for audio in utterances:
+        padded = np.pad(audio, (4000, 4000))
+        padded = np.pad(padded, (0, -len(padded) % codec.FRAME_SIZE)).astype(np.float32)
+        real = torch.from_numpy(padded)[None]
+        with torch.no_grad():
+            made = mimi.decode(mimi.encode(real[:, None]))[:, 0, : real.shape[1]]
+        first, second = listen.probabilities(real)[0], listen.probabilities(made)[0]
+        same += float(((first >= 0.5) == (second >= 0.5)).sum())
+        blocks += len(first)
+        masks = []
+        for row in (first, second):
+            mask = np.zeros(len(padded) // 80, bool)
+            for start, end in listen.intervals(row):
+                mask[round(start * 100) : round(end * 100)] = True
+            masks.append(mask)
+        both += float((masks[0] & masks[1]).sum())
+        either += float((masks[0] | masks[1]).sum())
+    return same / blocks, both / max(either, 1.0)
+
+
+def real_speech(folder: Path) -> list[np.ndarray]:
+    """Every wav under `folder` at 8 kHz, at the level of the synthesised speech."""
+    out = []
+    for path in sorted(folder.glob("*.wav")):
+        audio = librosa.load(path, sr=codec.SAMPLE_RATE)[0][: 20 * codec.SAMPLE_RATE]
+        out.append(audio * (0.08 / (np.sqrt(np.mean(audio**2)) + 1e-6)))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("codec", type=Path, help="Mimi weights (safetensors)")
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of wav files never trained on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    mimi = codec.load(arguments.codec)
+    for folder in arguments.folders:
+        same, overlap = agreement(mimi, real_speech(folder))
+        print(f"{folder.name}: frame agreement {same:.3f}, interval IoU {overlap:.3f}")
+    silence = torch.zeros(1, 1, 100 * codec.FRAME_SIZE)
+    with torch.no_grad():
+        made = mimi.decode(mimi.encode(silence))
+    heard = listen.detect(made[:, 0])
+    print(f"silence: peak {made.abs().max().item():.4f}, intervals heard {heard[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Writing what ships: the bundle folder and the folder of recorded dialogues."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import codec, language_model
+from .dialogues import (
+    NOISE_LEVELS,
+    AgentVoice,
+    Line,
+    Spoken,
+    Track,
+    agent_audio,
+    agent_words,
+    behave_well,
+    user_track,
+)  # fmt: skip
+
+AXIS_OF = {
+    "pause": "pause_handling", "turn": "turn_taking", "long": "backchannel", "interrupt": "user_interruption",
+}  # fmt: skip
+START = 0.5  # seconds of recording before the user's first word
+# Scored seconds after the user's last word. An answer that begins after the user's end cannot last a second in either
+# and so is never a takeover; on the backchannel axis it would count as a short interval, hence hardly any tail.
+TAIL = {"pause": 0.8, "long": 0.2}
+
+
+def write_bundle(folder: Path, lm: Path, mimi: Path, tokenizer: Path, card: str) -> None:
+    """Put together config, weights in 16 bits, tokenizer and model card; the old folder is replaced in one go."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    config = {
+        **language_model.CONFIG,
+        "moshi_name": "model.safetensors",
+        "mimi_name": "mimi.safetensors",
+        "mimi_config_name": "mimi_config.json",
+        "tokenizer_name": "tokenizer.model",
+        "lm_gen_config": {"temp": 0.8, "temp_text": 0.7, "top_k": 250, "top_k_text": 0},
+        "model_type": "moshi",
+    }
+    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (fresh / "mimi_config.json").write_text(json.dumps(codec.CONFIG, indent=2) + "\n")
+    state = {name: value.to(torch.bfloat16) for name, value in load_file(lm).items()}
+    save_file(state, fresh / "model.safetensors")
+    codec.save(codec.load(mimi), fresh / "mimi.safetensors", dtype=torch.float16)
+    shutil.copy(tokenizer, fresh / "tokenizer.model")
+    (fresh / "MODEL_CARD.md").write_text(card)
+    _replace(fresh, folder)
+
+
+def recording(
+    kind: str, utterances: list[Spoken], agent: AgentVoice, rng: np.random.Generator
+) -> tuple[Track, list[Line], np.ndarray]:
+    """One well-behaved dialogue: the user's track, the agent's lines, and stereo audio [N, 2], left the agent."""
+    track = user_track(kind, utterances, START, 6.0, float(rng.choice(NOISE_LEVELS)), rng)
+    lines = behave_well(track, agent, rng)
+    if kind in TAIL:  # nothing after the scored utterance: an answer there would only cost bytes
+        lines = [line for line in lines if line.start < track.utterances[-1][1]]
+    end = max([track.utterances[-1][1] + 0.6, *(line.end for line in lines)]) + 0.4
+    samples = math.ceil(end * codec.SAMPLE_RATE)
+    track.audio = track.audio[:samples]
+    return track, lines, np.stack([agent_audio(lines, agent, samples / codec.SAMPLE_RATE), track.audio], axis=1)
+
+
+def segment(identity: str, name: str, track: Track, lines: list[Line], agent: AgentVoice) -> dict:
+    """The manifest line of a recording; times in seconds of the recording."""
+    begin, end = track.utterances[0]
+    events: dict = {}
+    if track.kind == "pause":
+        events["pauses"] = [[cue.start, cue.end] for cue in track.cues if cue.kind == "pause"]
+        end += TAIL["pause"]
+    elif track.kind == "turn":
+        events["user_turn_end"] = end
+        end = lines[-1].end
+    elif track.kind == "long":
+        events["true_backchannels"] = [[line.start, line.end] for line in lines]
+        end += TAIL["long"]
+    else:
+        events["interruption"] = list(track.utterances[1])
+        events["user_turn_end"] = end
+        end = lines[-1].end
+    words = [[w, [s, e], "user"] for w, s, e in track.words]
+    words += [[w, [s, e], "agent"] for w, s, e in agent_words(lines, agent)]
+    words.sort(key=lambda word: word[1][0])
+    out = {"id": identity, "axis": AXIS_OF[track.kind], "recording": name, "user_channel": 1, "start": begin,
+           "end": end, "events": events, "transcript": words}  # fmt: skip
+    return json.loads(json.dumps(out), parse_float=lambda x: round(float(x), 2))
+
+
+def write_recordings(
+    folder: Path, bank: list[Spoken], agent: AgentVoice, per_axis: int, seed: int, prefix: str
+) -> None:
+    """Ogg/Vorbis recordings with sidecars, `data.jsonl` and `segments.jsonl`; every utterance of the bank once at most.
+
+    Not Opus: at the rates that would fit, libsndfile's encoder folds the two channels into one.
+    """
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    pools = {kind: [s for s in bank if s.kind == kind] for kind in AXIS_OF}
+    openers = list(pools["turn"][per_axis:])  # first utterances of the barge-ins
+    segments, recordings = [], []
+    for kind, pool in pools.items():
+        for spoken in pool[:per_axis]:
+            utterances = [spoken]
+            if kind == "interrupt":
+                first = next(s for s in openers if s.voice == spoken.voice)
+                openers.remove(first)
+                utterances = [first, spoken]
+            track, lines, audio = recording(kind, utterances, agent, rng)
+            number = len(segments)
+            name = f"{number:04d}.ogg"
+            soundfile.write(
+                folder / name, audio, codec.SAMPLE_RATE, format="OGG", subtype="VORBIS", compression_level=1.0
+            )
+            info = segment(f"{prefix}-{number:04d}", name, track, lines, agent)
+            tags = {"agent": "SPEAKER_MAIN", "user": "SPEAKER_USER"}
+            alignments = [[w, t, tags[who]] for w, t, who in info["transcript"]]
+            (folder / f"{number:04d}.json").write_text(json.dumps({"alignments": alignments}) + "\n")
+            segments.append(info)
+            recordings.append({"path": name, "duration": round(len(audio) / codec.SAMPLE_RATE, 3)})
+    for name, rows in (("segments.jsonl", segments), ("data.jsonl", recordings)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    """Swap a finished folder in; a reader sees the old one or the new one."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_data(
+    folder: Path, train: list[Spoken], held_out: list[Spoken], agent: AgentVoice, counts: tuple[int, int]
+) -> None:
+    """`train/` and `heldout/` under `folder`; counts: segments an axis in each."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_recordings(fresh / "train", train, agent, counts[0], 101, "train")
+    write_recordings(fresh / "heldout", held_out, agent, counts[1], 102, "heldout")
+    _replace(fresh, folder)
