@@ -1,7 +1,7 @@
 """The configuration: dataclasses that OmegaConf fills from a YAML file and `key=value` arguments, and checks.
 
-Defaults are the paper's (arXiv 2606.11167, section 3) wherever it gives a figure, for the 7B; the YAML files in
-`configs/` say what differs.
+Defaults are for the nano bundle on a laptop; where arXiv 2606.11167, section 3, gives a figure for the 7B that is
+another, it stands in brackets.
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ class TrainerConfig:
 
     Attributes:
         algorithm: `grpo`.
-        updates: how many.
-        groups: segments an update; group_size: G, episodes of each.
-        minibatch: episodes an optimiser step; microbatch: episodes a forward pass (memory only, no effect on results
-            but rounding).
+        updates: how many [100].
+        groups: segments an update [32]; group_size: G, episodes of each [16].
+        minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (memory only; no effect on
+            results but rounding).
         passes: times that an update goes over its episodes.
-        clip: eps of the ratio; kl_beta: weight of KL[policy || reference].
+        clip: eps of the ratio [0.2]; kl_beta: weight of KL[policy || reference] [0.01].
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
     """
 
     algorithm: str = "grpo"
-    updates: int = 100
-    groups: int = 32
+    updates: int = 24
+    groups: int = 12
     group_size: int = 16
-    minibatch: int = 32
-    microbatch: int = 16
+    minibatch: int = 64
+    microbatch: int = 32
     passes: int = 1
     clip: float = 0.2
     kl_beta: float = 0.01
@@ -46,33 +46,39 @@ class TrainerConfig:
 
 @dataclass
 class OptimiserConfig:
-    """AdamW. `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`."""
+    """AdamW [2e-7, betas 0.9 and 0.95, weight decay 0.1, clip norm 2, cosine].
 
-    learning_rate: float = 2e-7
+    `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`.
+    """
+
+    learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
+    weight_decay: float = 0.0
     clip_norm: float = 2.0
     schedule: str = "cosine"
-    final_share: float = 0.0
+    final_share: float = 0.1
 
 
 @dataclass
 class SamplingConfig:
-    """How tokens are drawn; see `rlhf_duplex.policy.sampling.Sampling`."""
+    """How tokens are drawn [text 0.7, audio 0.8, audio top-k 250]; see `rlhf_duplex.policy.sampling.Sampling`."""
 
-    text_temperature: float = 0.7
+    text_temperature: float = 1.0
     text_top_k: int = 0
     audio_temperature: float = 0.8
-    audio_top_k: int = 250
+    audio_top_k: int = 0
 
 
 @dataclass
 class ContextConfig:
-    """What precedes a segment; see `envs.context.ContextSchedule`. `lead_in`: seconds of silence (3 for Moshi)."""
+    """What precedes a segment [30 s, lead-in 3 s for Moshi]; see `envs.context.ContextSchedule`.
 
-    lead_in: float = 3.0
+    `lead_in`: seconds of silence before everything.
+    """
+
+    lead_in: float = 1.0
     probability: float = 0.5
-    max_seconds: float = 30.0
+    max_seconds: float = 5.0
     schedule: str = "linear"
 
 
@@ -86,9 +92,10 @@ class DetectorConfig:
 
 @dataclass
 class RolloutConfig:
-    """`batch_size`: dialogues played at once."""
+    """`batch_size`: dialogues played at once by a thread; `threads`: on a CPU, 0 for one a core (1 on a GPU)."""
 
     batch_size: int = 256
+    threads: int = 0
 
 
 @dataclass
@@ -106,12 +113,14 @@ class EvaluationConfig:
     Attributes:
         segments: manifest of the held-out segments, `nano` for those that ship with nano; None: those of nano when
             it is trained on its own segments, else the training segments (the report then says so).
+        limit: play only the first so many segments of each axis; 0 plays all.
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
     """
 
     segments: str | None = None
+    limit: int = 0
     samples: int = 1
     episodes: int = 6
     seed: int = 1
@@ -236,7 +245,14 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"trainer.group_size must be at least 2 (a group is compared within itself), found {trainer.group_size}"
         )
-    for key, value in {"trainer.updates": trainer.updates, "context.lead_in": config.context.lead_in}.items():
+    not_negative = {
+        "trainer.updates": trainer.updates,
+        "context.lead_in": config.context.lead_in,
+        "rollout.threads": config.rollout.threads,
+        "evaluation.limit": config.evaluation.limit,
+        "evaluation.episodes": config.evaluation.episodes,
+    }
+    for key, value in not_negative.items():
         if value < 0:
             raise InputError(f"{key} must not be negative, found {value}")
     choices = {

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +30,14 @@ from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, to_yaml
-from rlhf_duplex.evaluation.metrics import Metrics, axis_metrics, format_table, read_json, write_json
+from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
 from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.rollout import Stage, episode_seed
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.tracking import MetricsLog
 
@@ -69,7 +70,20 @@ def load_inputs(config: Config) -> Inputs:
     if evaluation is None and config.segments == "nano":
         evaluation = "nano"
     held_out = segments if evaluation is None else _load_segments(evaluation, "heldout", detector)
-    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
+    return Inputs(
+        segments, _first_of_each(held_out, config.evaluation.limit), evaluation is None, reward_function, detector
+    )
+
+
+def _first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
+    """The first `limit` segments of every axis (0: all)."""
+    seen: dict[str, int] = {}
+    kept = []
+    for segment in segments:
+        seen[segment.axis] = seen.get(segment.axis, 0) + 1
+        if not limit or seen[segment.axis] <= limit:
+            kept.append(segment)
+    return kept
 
 
 def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
@@ -134,9 +148,12 @@ class Trainer:
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
         users = UserSides(self.codec, inputs.detector, config.context.lead_in)
-        self.env = DuplexDialogueVectorEnv(
+        env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
+        on_cpu = self.policy.device.type == "cpu"
+        threads = (config.rollout.threads or os.cpu_count() or 1) if on_cpu else 1
+        self.stage = Stage(self.policy, env, threads)
         self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
         self.update = 0
         if config.resume:
@@ -146,13 +163,12 @@ class Trainer:
             self.update = restore(folder, self.bundle, self.learner)
             console.print(f"going on from {folder}, after {self.update} updates")
 
-    def evaluate(self, name: str) -> Metrics:
+    def evaluate(self, name: str) -> dict[str, Any]:
         """Play the held-out suite; writes `evaluation/NAME.json` and the episodes that the report shows."""
         config, inputs = self.config, self.inputs
         with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
             episodes, scores = play_suite(
-                self.policy,
-                self.env,
+                self.stage,
                 inputs.reward_function,
                 inputs.held_out,
                 config.evaluation.samples,
@@ -160,7 +176,6 @@ class Trainer:
                 config.rollout.batch_size,
                 advance,
             )
-        metrics = axis_metrics(episodes, scores)
         folder = self.run_dir / "evaluation"
         extra = {
             "checkpoint": config.checkpoint,
@@ -169,9 +184,9 @@ class Trainer:
             "samples": config.evaluation.samples,
             "on_training_segments": inputs.held_out_is_training,
         }
-        write_json(folder / f"{name}.json", metrics, extra)
+        record = write_results(folder / f"{name}.json", segment_values(episodes, scores), extra)
         save_examples(folder / name, episodes, scores, config.evaluation.episodes)
-        return metrics
+        return record
 
     def _suite_frames(self) -> float:
         seconds = sum(s.duration + self.config.context.lead_in for s in self.inputs.held_out)
@@ -186,9 +201,7 @@ class Trainer:
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
         started = time.perf_counter()
-        episodes = rollout(
-            self.policy,
-            self.env,
+        episodes = self.stage.rollout(
             [segment for segment in groups for _ in range(trainer.group_size)],
             [
                 episode_seed(config.seed, update, group, member)
@@ -310,10 +323,9 @@ def train(config: Config, console: Console | None = None) -> Path:
     inputs = load_inputs(config)
     trainer = Trainer(config, inputs, run_dir, console)
     before_path = run_dir / "evaluation" / "before.json"
-    before = read_json(before_path) if config.resume and before_path.is_file() else None
+    before = read_results(before_path) if config.resume and before_path.is_file() else None
     if before is None:
-        trainer.evaluate("before")
-        before = read_json(before_path)
+        before = trainer.evaluate("before")
     if trainer.run():
         report = build_report(run_dir)
         console.print(
@@ -321,9 +333,9 @@ def train(config: Config, console: Console | None = None) -> Path:
             "go on with resume=true"
         )
         return run_dir
-    trainer.evaluate("after")
+    after = trainer.evaluate("after")
     report = build_report(run_dir)
-    console.print(format_table(before, read_json(run_dir / "evaluation" / "after.json")))
+    console.print(format_table(before, after))
     if inputs.held_out_is_training:
         console.print("measured on the training segments: give evaluation.segments for held-out ones")
     console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}")
@@ -339,8 +351,7 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
     console = console or Console()
     run_dir = prepare_run_dir(config)
     trainer = Trainer(config, load_inputs(config), run_dir, console)
-    trainer.evaluate("before")
+    console.print(format_table(trainer.evaluate("before"), None))
     path = run_dir / "evaluation" / "before.json"
-    console.print(format_table(read_json(path), None))
     console.print(f"wrote {path}")
     return path

@@ -5,6 +5,8 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
+CPU_DECODE_BATCH = 4
+
 
 def agent_codebooks(n_q: int, dep_q: int) -> int:
     """Audio streams of the agent. PersonaPlex predicts the user's streams too (dep_q = n_q): half are the agent's."""
@@ -36,7 +38,9 @@ class MimiCodec:
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Agent codes `(B, agent_codebooks, T)` to audio `(B, T * frame_samples)`."""
-        return self.mimi.decode(codes.to(self.device))[:, 0]
+        # On a CPU a few at a time: the activations at audio rate then stay in its cache, which is twice as fast.
+        size = CPU_DECODE_BATCH if self.device.type == "cpu" else max(1, len(codes))
+        return torch.cat([self.mimi.decode(part)[:, 0] for part in codes.to(self.device).split(size)])
 
     def decode_text(self, tokens: list[int]) -> str:
         """Words of a text stream, paddings and special pieces left out."""

@@ -1,0 +1,39 @@
+"""What all tests share: threads that do not fight over the cores, and the nano bundle, the real thing in small."""
+
+import os
+
+os.environ.setdefault("NO_TORCH_COMPILE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # pytest runs one worker a core
+
+
+@pytest.fixture(scope="session")
+def nano():
+    from rlhf_duplex.policy.bundle import load_bundle
+
+    return load_bundle("nano")
+
+
+@pytest.fixture(scope="session")
+def silero():
+    from envs.speech import SileroDetector
+
+    return SileroDetector()
+
+
+@pytest.fixture(scope="session")
+def nano_segments():
+    from envs.segments import read_manifest
+    from rlhf_duplex.trainer import NANO_DATA
+
+    return read_manifest(NANO_DATA / "heldout" / "segments.jsonl")
+
+
+@pytest.fixture(scope="session")
+def one_of_each(nano_segments):
+    """The shortest held-out segment of every axis."""
+    axes = sorted({s.axis for s in nano_segments})
+    return [min((s for s in nano_segments if s.axis == axis), key=lambda s: s.duration) for axis in axes]

@@ -1,0 +1,151 @@
+"""The environment against gymnasium's own checker, against itself in other batches, and at its edges."""
+
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+from envs import ContextSchedule, DuplexDialogueEnv, DuplexDialogueVectorEnv, InputError
+from rewards import RewardFunction, RewardSpec
+
+AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
+
+
+@pytest.fixture(scope="module")
+def reward_function():
+    return RewardFunction({axis: RewardSpec() for axis in AXES})
+
+
+def random_actions(env, frames, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codec = env.codec
+    text = torch.randint(0, codec.text_cardinality, (frames, batch, 1), generator=generator)
+    audio = torch.randint(0, codec.audio_cardinality, (frames, batch, codec.agent_codebooks), generator=generator)
+    return torch.cat([text, audio], dim=-1)
+
+
+def play(env, segments, actions, context=0.0):
+    """Step until all dialogues have ended; gives the last step's outcome and the observations."""
+    observation, infos = env.reset(options={"segments": segments, "context": context})
+    observations, step = [observation], 0
+    frames = infos["frames"]
+    while True:
+        observation, rewards, terminated, truncated, infos = env.step(actions[step])
+        observations.append(observation)
+        step += 1
+        if (terminated | truncated).all():
+            return observations, rewards, terminated, truncated, infos, frames
+
+
+def test_check_env(nano, silero, one_of_each, reward_function):
+    env = gymnasium.make(
+        "rlhf_duplex/DuplexDialogue-v0",
+        segments=one_of_each,
+        codec=nano.codec,
+        detector=silero,
+        reward_function=reward_function,
+        lead_in=0.16,
+        max_frames=20,
+    )
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_reward_comes_at_the_end_with_its_axes(nano, silero, one_of_each, reward_function):
+    segment = next(s for s in one_of_each if s.axis == "turn_taking")
+    env = DuplexDialogueEnv([segment], nano.codec, silero, reward_function, lead_in=0.4)
+    observation, info = env.reset(seed=3, options={"segment": segment.id})
+    assert env.observation_space.contains(observation)
+    assert info["frames"] == 5 + np.ceil(segment.duration * 12.5)  # 0.4 s of lead-in are 5 frames
+    silence = np.array([3] + [nano.codec.audio_cardinality] * nano.codec.agent_codebooks)
+    rewards = []
+    while True:
+        observation, reward, terminated, truncated, info = env.step(silence)
+        rewards.append(reward)
+        if terminated or truncated:
+            break
+    assert terminated
+    assert not truncated
+    assert set(rewards[:-1]) == {0.0}
+    episode = info["episode"]
+    # Nobody answered: the reward is minus what is left of the dialogue after the user's turn.
+    left = episode.duration - episode.event_time("user_turn_end")
+    assert rewards[-1] == pytest.approx(-left)
+    assert info["rewards"] == {"turn_taking": pytest.approx(-left)}
+    assert episode.agent_speech == []
+    assert episode.scored_from == pytest.approx(0.4)
+    assert episode.user_speech[0].start >= 0.3
+
+
+def test_truncation_at_the_frame_limit(nano, silero, one_of_each):
+    env = DuplexDialogueVectorEnv(one_of_each[:2], nano.codec, silero, max_frames=7)
+    segments = [s.id for s in one_of_each[:2]]
+    _, _, terminated, truncated, infos, _ = play(env, segments, random_actions(env, 7, 2))
+    assert truncated.all()
+    assert not terminated.any()
+    assert [e.duration for e in infos["episodes"]] == [pytest.approx(7 / 12.5)] * 2
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(random_actions(env, 1, 2)[0])
+
+
+def test_an_episode_is_the_same_in_any_order_and_batch(nano, silero, one_of_each, reward_function):
+    env = DuplexDialogueVectorEnv(one_of_each, nano.codec, silero, reward_function=reward_function, lead_in=0.4)
+    ids = [s.id for s in one_of_each]
+    actions = random_actions(env, 400, 4)
+    _, rewards, _, _, infos, frames = play(env, ids, actions)
+    order = [2, 0, 3, 1]
+    _, swapped_rewards, _, _, swapped, _ = play(env, [ids[i] for i in order], actions[:, order])
+    fresh = DuplexDialogueVectorEnv(one_of_each, nano.codec, silero, reward_function=reward_function, lead_in=0.4)
+    for place, row in enumerate(order):
+        _, lone_rewards, _, _, lone, lone_frames = play(fresh, [ids[row]], actions[:, row : row + 1])
+        assert lone_frames[0] == frames[row]
+        assert rewards[row] == swapped_rewards[place] == lone_rewards[0]
+        for other in (swapped["episodes"][place], lone["episodes"][0]):
+            episode = infos["episodes"][row]
+            assert np.allclose(episode.agent_audio, other.agent_audio, atol=1e-5)
+            assert np.array_equal(episode.user_audio, other.user_audio)
+            assert episode.agent_speech == other.agent_speech
+            assert episode.text == other.text
+
+
+def test_observations_are_the_users_codes(nano, silero, one_of_each):
+    env = DuplexDialogueVectorEnv(one_of_each, nano.codec, silero, lead_in=0.4)
+    segment = one_of_each[0]
+    frames = 5 + int(np.ceil(segment.duration * 12.5))
+    observations, *_ = play(env, [segment.id], random_actions(env, frames, 1))
+    user = env.user_sides.get([(segment, 0.0)])[0]
+    codes = nano.codec.encode(torch.from_numpy(user.audio)[None])[0]
+    assert torch.equal(torch.stack(observations[:-1], dim=-1)[0], codes)
+    assert (user.audio[: 5 * nano.codec.frame_samples] == 0).all()
+
+
+def test_context_precedes_the_segment_in_whole_frames(nano, silero, one_of_each):
+    segment = replace(one_of_each[0], id="later", start=one_of_each[0].start + 1.0, events={"pauses": []})
+    env = DuplexDialogueVectorEnv([segment], nano.codec, silero, lead_in=0.4)
+    env.reset(options={"segments": [segment], "context": 0.5})
+    # 0.5 s are 6.25 frames: 6 whole ones, 0.48 s; with 0.4 s of lead-in the window begins at 0.88 s.
+    assert env._users[0].scored_from == pytest.approx(0.88)
+    # No more than there is before the segment.
+    env.reset(options={"segments": [segment], "context": 1e9})
+    assert env._users[0].scored_from <= 0.4 + segment.start
+
+
+def test_seed_decides_what_is_played(nano, silero, nano_segments):
+    env = DuplexDialogueVectorEnv(
+        nano_segments, nano.codec, silero, num_envs=3, context=ContextSchedule(0.5, 1.0), max_frames=2
+    )
+    first = env.reset(seed=5)[1]["segments"]
+    again = env.reset(seed=5)[1]["segments"]
+    other = env.reset(seed=6)[1]["segments"]
+    assert first == again
+    assert first != other
+
+
+def test_unknown_segment_and_no_segment(nano, silero, one_of_each):
+    env = DuplexDialogueVectorEnv(one_of_each, nano.codec, silero)
+    with pytest.raises(InputError, match="no segment has the id 'nowhere'"):
+        env.reset(options={"segments": ["nowhere"]})
+    with pytest.raises(InputError, match="at least one segment"):
+        DuplexDialogueVectorEnv([], nano.codec, silero)

@@ -1,0 +1,187 @@
+"""The command line as a person meets it: help at once, errors in a line with exit code 2, before the model is loaded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from rlhf_duplex.cli import main
+from rlhf_duplex.config import load_config
+from rlhf_duplex.trainer import NANO_DATA
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "rlhf_duplex.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, **options)
+
+
+def manifest(tmp_path, recording="dialogue.wav", **changes):
+    row = {
+        "id": "s0",
+        "axis": "turn_taking",
+        "recording": recording,
+        "user_channel": 1,
+        "start": 0.0,
+        "end": 2.0,
+        "events": {"user_turn_end": 1.0},
+    } | changes
+    path = tmp_path / "segments.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
+def write(tmp_path, samples, name="dialogue.wav"):
+    soundfile.write(str(tmp_path / name), samples, 16000, subtype="FLOAT")
+
+
+def noise(channels=2, seconds=3.0):
+    return np.random.default_rng(0).normal(0, 0.01, (int(seconds * 16000), channels)).astype(np.float32)
+
+
+def failing(capsys, *arguments):
+    """Exit code 2 and exactly one line on standard error, which is returned."""
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("rlhf-duplex: ")
+    return error
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("train", "evaluate", "report"))
+    code = "import rlhf_duplex.cli, sys; rlhf_duplex.cli.build_parser(); print('torch' in sys.modules)"
+    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert heavy.stdout.strip() == "False"
+    for command in ("train", "evaluate", "report"):
+        assert "example" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_configuration_loads_and_opens_with_its_command(name):
+    load_config(ROOT / "configs" / name)
+    first = (ROOT / "configs" / name).read_text().splitlines()[0]
+    assert first.startswith("# rlhf-duplex ")
+    assert f"configs/{name}" in first
+
+
+def test_bad_manifests(tmp_path, capsys):
+    run_dir = f"run_dir={tmp_path / 'run'}"
+
+    def error():
+        return failing(capsys, run_dir, f"segments={tmp_path / 'segments.jsonl'}")
+
+    assert "does not exist" in error()
+    write(tmp_path, noise())
+    path = manifest(tmp_path)
+    path.write_text(path.read_text() + "{not json\n")
+    assert "segments.jsonl:2: not valid JSON" in error()
+    manifest(tmp_path, axis="telepathy")
+    assert "unknown axis 'telepathy'" in error()
+    manifest(tmp_path, user_channel=2)
+    assert "`user_channel` 2 is out of range" in error()
+    manifest(tmp_path, end=99.0)
+    assert "lies outside" in error()
+    manifest(tmp_path, recording="nowhere.wav")
+    assert "does not exist" in error()
+
+
+def test_bad_audio(tmp_path, capsys):
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    path = manifest(tmp_path)
+
+    def error():
+        return failing(capsys, run_dir, f"segments={path}")
+
+    write(tmp_path, noise(channels=1))
+    assert "1 channel(s), 2 are needed" in error()
+    (tmp_path / "dialogue.wav").write_bytes(b"RIFF, or so it says")
+    assert "cannot be read as audio" in error()
+    (tmp_path / "dialogue.wav").write_bytes(b"")
+    assert "cannot be read as audio" in error()
+    write(tmp_path, np.zeros((0, 2), dtype=np.float32))
+    assert "lasts 0.000 s" in error()
+    broken = noise()
+    broken[8000, 1] = np.nan
+    write(tmp_path, broken)
+    assert "NaN or infinite samples on channel 1" in error()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("trainer.update=3", "unknown configuration key 'trainer.update'"),
+        ("nonsense=3", "unknown configuration key 'nonsense'"),
+        ("trainer.updates=many", "trainer.updates"),
+        ("trainer.group_size=1", "at least 2"),
+        ("trainer.algorithm=sarsa", "'sarsa' is not known"),
+        ("checkpoint=no-such-model", "checkpoint 'no-such-model' is no folder"),
+        ("rewards.charm.weight=1", "unknown reward axis 'charm'"),
+        ("rewards.turn_taking.weight=heavy", "`weight` must be a finite number"),
+        ("detector.name=ear", "unknown speech detector 'ear'"),
+        ("evaluation.segments=nowhere.jsonl", "does not exist"),
+    ],
+)
+def test_bad_configuration(tmp_path, capsys, argument, message):
+    assert message in failing(capsys, f"run_dir={tmp_path / 'run'}", argument)
+
+
+def test_configuration_files_that_are_wrong(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("trainer: {updates: 1, luck: 7}\n")
+    assert "unknown configuration key 'trainer.luck'" in failing(capsys, str(path))
+    path.write_text("trainer: [unclosed\n")
+    assert "not valid YAML" in failing(capsys, str(path))
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in failing(capsys, f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_resume_without_a_checkpoint(tmp_path, capsys):
+    assert "has no checkpoint" in failing(capsys, f"run_dir={tmp_path / 'run'}", "resume=true")
+
+
+def test_a_report_of_nothing(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_stopped_run_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    segments = NANO_DATA / "heldout" / "segments.jsonl"
+    rows = [json.loads(line) for line in segments.read_text().splitlines()]
+    for row in rows:
+        row["recording"] = str(segments.parent / row["recording"])
+    short = tmp_path / "segments.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    arguments = [f"run_dir={tmp_path / 'run'}", f"segments={short}", "trainer.updates=500", "trainer.groups=1"]
+    arguments += ["trainer.group_size=2", "sampling.audio_top_k=0", "context.lead_in=0.2", "context.probability=0"]
+    command = [sys.executable, "-m", "rlhf_duplex.cli", "train", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "no update within 240 s"
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGTERM)
+        output, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error
+    assert "resume=true" in output
+    done = metrics.read_text().count("\n")
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert checkpoint.name == f"step_{done:06d}"

@@ -1,0 +1,212 @@
+"""Rollouts and updates on the nano bundle: parity at step 0, determinism to the bit, and a policy that learns."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from envs.episode import Episode
+from envs.segments import write_manifest
+from envs.vector import DuplexDialogueVectorEnv
+from rlhf_duplex.config import OptimiserConfig, TrainerConfig, load_config
+from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
+from rlhf_duplex.policy.bundle import load_bundle
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import Sampling
+from rlhf_duplex.rollout import Stage, episode_seed
+from rlhf_duplex.sampler import segments_of_update
+from rlhf_duplex.trainer import train
+
+QUIET = Console(quiet=True)
+SAMPLING = Sampling(text_temperature=1.0, audio_top_k=0)
+
+
+@pytest.fixture(scope="module")
+def setting(silero, one_of_each):
+    """A policy of its own (it is trained), its environment, and 8 episodes."""
+    bundle = load_bundle("nano")
+    policy = MoshiPolicy(bundle.lm, SAMPLING)
+    env = DuplexDialogueVectorEnv(one_of_each, bundle.codec, silero, lead_in=0.4)
+    segments = [s for s in one_of_each for _ in range(2)]
+    stage = Stage(policy, env)
+    episodes = stage.rollout(segments, list(range(8)), [0.0] * 8)
+    return bundle, policy, stage, segments, episodes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_episodes_tokens_depend_on_its_own_seed_alone(setting, threads):
+    _, policy, stage, segments, episodes = setting
+    order = [5, 0, 7]
+    other_stage = Stage(policy, stage.env, threads)
+    others = other_stage.rollout([segments[i] for i in order], order, [0.0] * 3, batch_size=2)
+    for row, other in zip(order, others, strict=True):
+        assert np.array_equal(episodes[row].text_tokens, other.text_tokens)
+        assert np.array_equal(episodes[row].audio_tokens, other.audio_tokens)
+        assert np.allclose(episodes[row].log_probs, other.log_probs, atol=1e-5)
+        assert episodes[row].agent_speech == other.agent_speech
+        assert episodes[row].text == other.text
+    assert not np.array_equal(episodes[0].text_tokens, episodes[1].text_tokens)  # another seed, another dialogue
+
+
+def test_ratio_is_one_at_step_zero_for_padded_batches(setting):
+    bundle, policy, _, _, episodes = setting
+    batch = make_batch(episodes, torch.zeros(8), bundle.codec.frame_rate, policy.device)
+    with torch.no_grad():
+        log_probs, _ = policy.evaluate_actions(batch.codes)
+    ratio = (log_probs - batch.log_probs).exp()
+    assert batch.mask.any(dim=1).all()
+    assert (ratio[batch.mask] - 1).abs().max() < 1e-4
+    # Lead-in is not trained on: 0.4 s are 5 frames.
+    assert not batch.mask[:, :5].any()
+    assert batch.mask[:, 5].all()
+
+
+def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
+    bundle, policy, _, _, episodes = setting
+    episodes[0].save(tmp_path / "episode")
+    loaded = Episode.load(tmp_path / "episode")
+    ours, theirs = (
+        make_batch([e], torch.ones(1), bundle.codec.frame_rate, policy.device) for e in (episodes[0], loaded)
+    )
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(ours.log_probs, theirs.log_probs)
+
+
+def test_an_update_raises_what_had_a_high_advantage(setting):
+    bundle, _, _, _, episodes = setting
+    policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+    config = OptimiserConfig(learning_rate=1e-4, weight_decay=0.0, schedule="constant")
+    learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=3), config, seed=0)
+    advantages = torch.tensor([1.0, -1.0] * 4)
+    batch = make_batch(episodes, advantages, bundle.codec.frame_rate, policy.device)
+    first = learner.update(batch, 0)
+    assert first["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["loss"] == pytest.approx(0.0, abs=1e-4)  # the mean of the advantages
+    with torch.no_grad():
+        log_probs, _ = policy.evaluate_actions(batch.codes)
+    gain = torch.where(batch.mask, log_probs - batch.log_probs, 0.0).sum(dim=1)
+    assert gain[advantages > 0].sum() > 0 > gain[advantages < 0].sum()
+    assert learner.update(batch, 1)["kl"] > 0
+
+
+def test_depth_transformer_and_reference_stay_as_they_were(setting):
+    bundle, _, _, _, episodes = setting
+    policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+    before = {name: value.clone() for name, value in policy.lm.state_dict().items()}
+    learner = Learner(policy, TrainerConfig(), OptimiserConfig(learning_rate=1e-3), seed=0)
+    learner.update(make_batch(episodes, torch.randn(8), bundle.codec.frame_rate, policy.device), 0)
+    changed = {name for name, value in policy.lm.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith(("depformer", "linears")) for name in changed)
+    assert all(torch.equal(value, before[name]) for name, value in learner.reference.lm.state_dict().items())
+
+
+def test_microbatches_change_nothing_but_rounding(setting):
+    bundle, _, _, _, episodes = setting
+    results = []
+    for microbatch in (8, 3):
+        policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+        learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=microbatch), OptimiserConfig(), seed=0)
+        batch = make_batch(episodes, torch.linspace(-1, 1, 8), bundle.codec.frame_rate, policy.device)
+        results.append(learner.update(batch, 0))
+    for name in ("loss", "kl", "grad_norm", "entropy"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-3, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(setting):
+    bundle, _, _, _, episodes = setting
+    policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+    learner = Learner(policy, TrainerConfig(minibatch=8), OptimiserConfig(learning_rate=1e-3), seed=0)
+    before = {name: value.clone() for name, value in policy.lm.state_dict().items()}
+    batch = make_batch(episodes, torch.full((8,), float("nan")), bundle.codec.frame_rate, policy.device)
+    with pytest.raises(NonFiniteError, match="update 3"):
+        learner.update(batch, 3)
+    assert all(torch.equal(value, before[name]) for name, value in policy.lm.state_dict().items())
+
+
+def test_learning_rate_falls_as_a_cosine():
+    learner = Learner.__new__(Learner)
+    learner.trainer = TrainerConfig(updates=10)
+    learner.config = OptimiserConfig(learning_rate=1.0, final_share=0.2)
+    assert learner.learning_rate(0) == pytest.approx(1.0)
+    assert learner.learning_rate(5) == pytest.approx(0.6)  # half way between 1 and 0.2
+    assert learner.learning_rate(10) == pytest.approx(0.2)
+
+
+def test_every_segment_comes_once_before_any_comes_twice(nano_segments):
+    axes = {s.axis for s in nano_segments}
+    per_axis = min(sum(s.axis == axis for s in nano_segments) for axis in axes)
+    seen = [s.id for update in range(per_axis // 2) for s in segments_of_update(nano_segments, update, 8, seed=1)]
+    assert len(seen) == len(set(seen)) == 4 * 2 * (per_axis // 2)
+    assert segments_of_update(nano_segments, 3, 8, 1) == segments_of_update(nano_segments, 3, 8, 1)
+    assert segments_of_update(nano_segments, 3, 8, 1) != segments_of_update(nano_segments, 3, 8, 2)
+
+
+def test_episode_seeds_differ_in_every_counter():
+    seeds = {episode_seed(*key) for key in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]}
+    assert len(seeds) == 5
+
+
+def short_run(run_dir: Path, few, **overrides) -> list[dict]:
+    """A small run; gives its metrics without the times, which no two runs share."""
+    defaults = {
+        "run_dir": run_dir,
+        "segments": few,
+        "trainer.updates": 2,
+        "trainer.groups": 2,
+        "trainer.group_size": 3,
+        "trainer.minibatch": 3,
+        "evaluation.episodes": 1,
+        "context.lead_in": 0.4,
+        "context.max_seconds": 1.0,
+        "sampling.audio_top_k": 0,
+        "optimiser.learning_rate": 1e-4,
+        "checkpointing.every": 1,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    train(load_config(None, [f"{key}={value}" for key, value in defaults.items()]), QUIET)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "audio_seconds_per"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, one_of_each):
+    """A manifest of one segment an axis."""
+    path = tmp_path_factory.mktemp("few") / "segments.jsonl"
+    write_manifest(path, one_of_each)
+    return path
+
+
+def test_same_seed_same_metrics_to_the_bit_and_resume_is_exact(tmp_path, few):
+    straight = short_run(tmp_path / "a", few)
+    again = short_run(tmp_path / "b", few)
+    other = short_run(tmp_path / "c", few, seed=1)
+    assert len(straight) == 2
+    assert straight == again
+    assert straight != other
+    evaluation = [json.loads((tmp_path / run / "evaluation" / "after.json").read_text()) for run in "ab"]
+    assert evaluation[0]["axes"] == evaluation[1]["axes"]
+    # One update, then on to two: the schedule is that of the whole run, so only the number of updates differs.
+    run = tmp_path / "resumed"
+    short_run(run, few)
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    resumed = short_run(run, few, resume="true")
+    assert resumed == straight
+
+
+def test_the_run_folder_holds_what_design_says(tmp_path, few):
+    run = tmp_path / "run"
+    short_run(run, few, trainer__updates=1)
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    expected = {"config.yaml", "metrics.jsonl", "report.html", "evaluation/before.json", "evaluation/after.json"}
+    assert expected <= names
+    assert "checkpoints/step_000001/model.safetensors" in names
+    trained = load_bundle(str(run / "checkpoints" / "step_000001"))
+    assert not torch.equal(trained.lm.text_linear.weight, load_bundle("nano").lm.text_linear.weight)
+    assert not [name for name in names if "/." in name or name.startswith(".")]  # nothing half-written
+    result = json.loads((run / "evaluation" / "before.json").read_text())
+    assert set(result["axes"]["turn_taking"]["reward"]) == {"mean", "low", "high", "n"}

@@ -1,0 +1,75 @@
+"""The GRPO loss by hand, and what it must not do."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+
+
+def test_loss_by_hand():
+    # Two episodes, advantages +1 and -2; ratios chosen, frame 3 of the first episode masked.
+    ratio = torch.tensor([[1.0, 1.5, 9.9], [0.5, 1.1, 1.3]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    kl = torch.tensor([[0.1, 0.3, 7.0], [0.2, 0.2, 0.2]])
+    loss, diagnostics = grpo_loss(ratio.log(), torch.zeros(2, 3), torch.tensor([1.0, -2.0]), kl, mask, 0.2, 0.5)
+    # Episode 1, A = 1: min(1, 1) = 1; min(1.5, 1.2) = 1.2; mean 1.1; KL mean 0.2.
+    # Episode 2, A = -2: min(-1.0, 0.8 * -2 = -1.6) = -1.6; min(-2.2, -2.2) = -2.2; min(-2.6, -2.4) = -2.6; mean -2.1333.
+    expected = -((1.1 - 0.5 * 0.2) + (-6.4 / 3 - 0.5 * 0.2)) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    # Outside 0.8..1.2: one of two frames, two of three.
+    assert diagnostics["clip_fraction"].item() == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert diagnostics["ratio_max"].item() == pytest.approx(1.5)  # the masked 9.9 does not count
+    assert diagnostics["kl"].item() == pytest.approx(0.2)
+
+
+def test_gradient_by_hand():
+    # At ratio 1 the gradient of the loss to a log-probability is -A / (B N), whatever the clipping.
+    log_probs = torch.zeros(2, 2, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, _ = grpo_loss(log_probs, torch.zeros(2, 2), torch.tensor([1.0, -3.0]), torch.zeros(2, 2), mask)
+    loss.backward()
+    assert torch.allclose(log_probs.grad, torch.tensor([[-0.25, -0.25], [1.5, 0.0]]))
+
+
+def test_clipped_frames_have_no_gradient():
+    log_probs = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    loss, _ = grpo_loss(log_probs, torch.zeros(1, 1), torch.tensor([1.0]), torch.zeros(1, 1), torch.ones(1, 1).bool())
+    loss.backward()
+    assert log_probs.grad.item() == 0.0
+
+
+def test_garbage_outside_the_mask_stays_outside():
+    log_probs = torch.tensor([[0.0, float("nan")]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    kl = torch.tensor([[0.0, float("nan")]])
+    loss, _ = grpo_loss(log_probs, torch.zeros(1, 2), torch.tensor([2.0]), kl, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(-2.0)
+    assert log_probs.grad.tolist() == [[-2.0, 0.0]]
+
+
+def test_kl_and_entropy_by_hand():
+    policy = torch.tensor([0.5, 0.5, 0.0]).log()
+    reference = torch.tensor([0.25, 0.5, 0.25]).log()
+    # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.5) + 0 = 0.5 ln 2
+    assert exact_kl(policy, reference).item() == pytest.approx(0.5 * math.log(2))
+    assert exact_kl(policy, policy).item() == pytest.approx(0.0)
+    assert entropy(policy).item() == pytest.approx(math.log(2))
+
+
+def test_masked_mean_of_nothing_is_zero():
+    assert masked_mean(torch.tensor([[5.0]]), torch.tensor([[False]])).item() == 0.0
+
+
+def test_microbatches_add_up():
+    torch.manual_seed(0)
+    log_probs, kl = torch.randn(6, 5) * 0.1, torch.rand(6, 5)
+    mask, advantages = torch.rand(6, 5) > 0.3, torch.randn(6)
+    whole, _ = grpo_loss(log_probs, torch.zeros(6, 5), advantages, kl, mask)
+    parts = [
+        grpo_loss(log_probs[i : i + 2], torch.zeros(2, 5), advantages[i : i + 2], kl[i : i + 2], mask[i : i + 2])[0]
+        for i in (0, 2, 4)
+    ]
+    assert whole.item() == pytest.approx(sum(p.item() for p in parts) / 3, abs=1e-6)

@@ -1,0 +1,233 @@
+"""Parity of the policy: acting, evaluating, and moshi's own classes must agree."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.models.lm import LMGen, LMModel
+from safetensors.torch import load_file
+
+from envs.errors import InputError
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
+
+MOSHI_ASSET = Path(__file__).parents[2].parent / "shared" / "data" / "moshi_lm"
+GREEDY = Sampling(text_temperature=0.0, audio_temperature=0.0)
+
+
+def small_model(delays, dep_q, seed=0, text_card=30, **changes):
+    """A random LMModel of the real class with any delays."""
+    torch.manual_seed(seed)
+    arguments = {
+        "delays": delays,
+        "n_q": len(delays) - 1,
+        "dep_q": dep_q,
+        "card": 20,
+        "text_card": text_card,
+        "dim": 32,
+        "num_heads": 2,
+        "num_layers": 2,
+        "hidden_scale": 2,
+        "norm": "rms_norm_f32",
+        "gating": "silu",
+        "positional_embedding": "rope",
+        "context": 64,
+        "depformer_dim": 16,
+        "depformer_dim_feedforward": 32,
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 2,
+        "depformer_multi_linear": True,
+        "depformer_weights_per_step": True,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+    }
+    return LMModel(**{**arguments, **changes}).eval()
+
+
+def user_codes(model, agent, batch, frames, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.card, (batch, model.n_q - agent, frames), generator=generator)
+
+
+def act_all(policy, codes, seeds=None):
+    """Actions `(B, T, 1 + agent)` and the trajectory of a whole dialogue."""
+    batch, _, frames = codes.shape
+    policy.begin(seeds or list(range(batch)), frames)
+    actions = torch.stack([policy.act(codes[:, :, t]) for t in range(frames)], dim=1)
+    trajectory = policy.trajectory()
+    policy.end()
+    return actions, trajectory
+
+
+def stock_greedy(model, codes):
+    """What stock LMGen answers, frame by frame: None until its delay is over."""
+    generator = LMGen(model, use_sampling=False)
+    with torch.no_grad(), generator.streaming(codes.shape[0]):
+        outputs = [generator.step(codes[:, :, t : t + 1]) for t in range(codes.shape[-1])]
+    model.set_streaming_detached(False)  # LMGen detaches the model from its container; put it back
+    return outputs
+
+
+@pytest.mark.parametrize(("delays", "dep_q"), [([0, 0, 1, 0, 1], 2), ([0, 0, 0, 0, 0], 2), ([0, 0, 2, 1, 3], 2)])
+def test_greedy_act_is_stock_lmgen_token_for_token(delays, dep_q):
+    model = small_model(delays, dep_q)
+    codes = user_codes(model, dep_q, batch=3, frames=20)
+    expected = stock_greedy(model, codes)
+    actions, _ = act_all(MoshiPolicy(model, GREEDY), codes)
+    answered = [t for t, output in enumerate(expected) if output is not None]
+    assert answered == list(range(max(delays), 20))
+    for t in answered:
+        assert torch.equal(actions[:, t], expected[t][:, :, 0])
+    for t in range(max(delays)):  # nothing yet: the values beyond the vocabularies
+        assert (actions[:, t, 0] == model.text_card).all()
+        assert (actions[:, t, 1:] == model.card).all()
+
+
+def test_greedy_act_of_nano_is_stock_lmgen_token_for_token(nano):
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, batch=2, frames=40)
+    expected = stock_greedy(nano.lm, codes)
+    actions, _ = act_all(MoshiPolicy(nano.lm, GREEDY), codes)
+    for t in range(1, 40):
+        assert torch.equal(actions[:, t], expected[t][:, :, 0])
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(text_temperature=1.3, text_top_k=5), Sampling(text_temperature=0.0)]
+)
+def test_streaming_and_teacher_forced_log_probs_agree(nano, sampling):
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, batch=4, frames=50)
+    policy = MoshiPolicy(nano.lm, sampling)
+    _, trajectory = act_all(policy, codes)
+    with torch.no_grad():
+        log_probs, distribution = policy.evaluate_actions(trajectory.codes)
+    assert (log_probs - trajectory.log_probs).abs().max() < 1e-4
+    assert (log_probs - trajectory.log_probs).exp().sub(1).abs().max() < 1e-4  # the ratio at step 0
+    assert torch.allclose(distribution.exp().sum(-1), torch.ones(4, 50), atol=1e-5)
+
+
+@pytest.mark.parametrize("delays", [[0, 0, 1, 0, 1], [0, 0, 2, 1, 3]])
+def test_agreement_with_other_delays(delays):
+    model = small_model(delays, 2)
+    policy = MoshiPolicy(model, Sampling())
+    _, trajectory = act_all(policy, user_codes(model, 2, batch=3, frames=25))
+    with torch.no_grad():
+        log_probs, _ = policy.evaluate_actions(trajectory.codes)
+    assert (log_probs - trajectory.log_probs).abs().max() < 1e-4
+
+
+def test_text_logits_are_those_of_the_whole_forward(nano):
+    _, trajectory = act_all(MoshiPolicy(nano.lm), user_codes(nano.lm, nano.codec.agent_codebooks, 2, 30))
+    with torch.no_grad():
+        ours = MoshiPolicy(nano.lm).text_logits(trajectory.codes)
+        whole = nano.lm(trajectory.codes)
+    assert whole.text_mask.all()
+    assert torch.equal(ours, whole.text_logits[:, 0])
+
+
+def test_text_logits_against_moshis_own_asset():
+    if not MOSHI_ASSET.is_dir():
+        pytest.skip("moshi's parity asset (../shared/data/moshi_lm) is not here: an extra to the tests above")
+    model = LMModel(
+        delays=[0, 1, 2, 4],
+        n_q=3,
+        dep_q=3,
+        card=32,
+        text_card=48,
+        dim=16,
+        num_layers=2,
+        num_heads=1,
+        hidden_scale=1,
+        depformer_dim=16,
+        depformer_multi_linear=True,
+        depformer_weights_per_step=True,
+        depformer_weights_per_step_schedule=[0, 1, 1],
+        depformer_low_rank_embeddings=8,
+        depformer_num_heads=1,
+        depformer_gating="silu",
+        context=4,
+    )
+    model.load_state_dict(load_file(MOSHI_ASSET / "test_lm_model.safetensors"))
+    codes = load_file(MOSHI_ASSET / "test_lm_codes.safetensors")["codes"]
+    expected = load_file(MOSHI_ASSET / "test_lm_out.safetensors")
+    with torch.no_grad():
+        ours = MoshiPolicy(model.eval()).text_logits(codes)
+    mask = expected["text_mask"][:, 0]
+    assert mask.any()
+    assert torch.allclose(ours[mask], expected["text_logits"][:, 0][mask], atol=1e-5)
+
+
+def test_cache_of_the_episodes_length_changes_nothing():
+    # A model that attends over 64 frames, played for 20: the cache of 20 and that of 64 give the same.
+    model = small_model([0, 0, 1, 0, 1], 2)
+    codes = user_codes(model, 2, 2, 20)
+    short, _ = act_all(MoshiPolicy(model, Sampling()), codes)
+    policy = MoshiPolicy(model, Sampling())
+    policy.begin([0, 1], 20)
+    assert model.transformer.layers[0].self_attn.context == 20
+    policy.end()
+    assert model.transformer.layers[0].self_attn.context == 64
+    # The same dialogue as the beginning of a longer one, with a longer cache.
+    policy.begin([0, 1], 60)
+    noise = uniforms([0, 1], 20, 3, model.device)
+    policy._stream.noise[:20] = noise
+    long = torch.stack([policy.act(codes[:, :, t]) for t in range(20)], dim=1)
+    policy.end()
+    assert torch.equal(short, long)
+
+
+def test_a_context_shorter_than_the_episode_is_kept():
+    model = small_model([0, 0, 1, 0, 1], 2, context=8)
+    codes = user_codes(model, 2, 2, 30)
+    expected = stock_greedy(model, codes)
+    actions, _ = act_all(MoshiPolicy(model, GREEDY), codes)
+    assert all(torch.equal(actions[:, t], expected[t][:, :, 0]) for t in range(1, 30))
+
+
+def test_an_episode_is_the_same_in_any_order_and_batch(nano):
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, 4, 30)
+    policy = MoshiPolicy(nano.lm, Sampling())
+    together, trajectory = act_all(policy, codes, [7, 8, 9, 10])
+    swapped, _ = act_all(policy, codes[[2, 0]], [9, 7])
+    alone, lone = act_all(policy, codes[1:2], [8])
+    assert torch.equal(together[[2, 0]], swapped)
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(trajectory.codes[1:2], lone.codes)
+
+
+def test_acting_needs_a_dialogue_and_ends_with_it(nano):
+    policy = MoshiPolicy(nano.lm)
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, 1, 2)
+    with pytest.raises(RuntimeError, match="call begin first"):
+        policy.act(codes[:, :, 0])
+    policy.begin([0], 1)
+    policy.act(codes[:, :, 0])
+    with pytest.raises(RuntimeError, match="used up"):
+        policy.act(codes[:, :, 1])
+    policy.end()
+
+
+def test_a_delayed_text_stream_is_refused():
+    with pytest.raises(InputError, match="delayed by 1 frames"):
+        MoshiPolicy(small_model([1, 0, 0, 0, 0], 2))
+
+
+def test_drawing_inverts_the_cumulative_distribution():
+    # p = 0.2, 0.3, 0.5: the cumulative distribution is 0.2, 0.5, 1.0
+    logits = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(5, 3)
+    uniform = torch.tensor([0.1, 0.19, 0.21, 0.49, 0.99])
+    assert draw(logits, uniform, 1.0).tolist() == [0, 0, 1, 1, 2]
+    # temperature 0.5 squares: 0.04, 0.09, 0.25 of 0.38: cumulative 0.105, 0.342, 1
+    assert draw(logits, torch.tensor([0.1, 0.11, 0.34, 0.35, 1.0]), 0.5).tolist() == [0, 1, 1, 2, 2]
+    # top-2 leaves 0.3 and 0.5: cumulative 0, 0.375, 1
+    assert draw(logits, torch.tensor([1e-6, 0.37, 0.38, 0.5, 1.0]), 1.0, 2).tolist() == [1, 1, 2, 2, 2]
+    assert draw(logits, uniform, 0.0).tolist() == [2] * 5
+
+
+def test_recorded_distribution_is_the_one_sampled_from():
+    logits = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    tempered = log_distribution(logits, 0.5).exp()
+    assert torch.allclose(tempered, torch.tensor([[0.04, 0.09, 0.25]]) / 0.38)
+    cut = log_distribution(logits, 1.0, 2).exp()
+    assert torch.allclose(cut, torch.tensor([[0.0, 0.375, 0.625]]))
+    kept = log_distribution(logits, 1.0, 2, keep=torch.tensor([0])).exp()
+    assert torch.allclose(kept, torch.tensor([[0.2, 0.3, 0.5]]))
