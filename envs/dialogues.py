@@ -20,6 +20,8 @@ from envs.frames import frame_at, frames_in, samples_in
 from envs.segments import Segment
 from envs.speech import Interval, SpeechDetector
 
+DECODE_BATCH = 16
+
 
 class RewardFunction(Protocol):
     """What an environment scores finished episodes with; `rewards.RewardFunction` is one."""
@@ -131,7 +133,7 @@ def finish_dialogues(
     """
     text, codes = actions[..., 0], actions[..., 1:].transpose(1, 2)
     silent = (codes >= codec.audio_cardinality).any(dim=1)  # (B, T): no audio yet
-    audio = _decode(codes, silent, codec)
+    audio = _decode(codes, silent, frames, codec)
     clips = [row[: count * codec.frame_samples] for row, count in zip(audio, frames, strict=True)]
     speech = detector.detect(clips, codec.sample_rate)
     tokens = text.cpu().tolist()
@@ -154,14 +156,19 @@ def finish_dialogues(
     return episodes
 
 
-def _decode(codes: torch.Tensor, silent: torch.Tensor, codec: Codec) -> np.ndarray:
-    """Agent audio `(B, N)`: the frames before the first whole one are silence, the rest is decoded in one pass."""
-    batch, _, frames = codes.shape
-    first = int(silent.long().sum(dim=1).max()) if frames else 0
-    audio = np.zeros((batch, frames * codec.frame_samples), dtype=np.float32)
-    if first < frames:
-        valid = codes[:, :, first:].clamp(0, codec.audio_cardinality - 1)
-        audio[:, first * codec.frame_samples :] = codec.decode(valid).float().cpu().numpy()
+def _decode(codes: torch.Tensor, silent: torch.Tensor, frames: Sequence[int], codec: Codec) -> np.ndarray:
+    """Agent audio `(B, N)`: the frames before the first whole one are silence, the rest is decoded."""
+    batch, _, longest = codes.shape
+    first = int(silent.long().sum(dim=1).max()) if longest else 0
+    audio = np.zeros((batch, longest * codec.frame_samples), dtype=np.float32)
+    # Dialogues of like length together, each part only as far as its longest goes.
+    order = sorted(range(batch), key=lambda row: frames[row])
+    for start in range(0, batch, DECODE_BATCH):
+        rows = order[start : start + DECODE_BATCH]
+        last = max(frames[row] for row in rows)
+        if first < last:
+            valid = codes[rows, :, first:last].clamp(0, codec.audio_cardinality - 1)
+            audio[rows, first * codec.frame_samples : last * codec.frame_samples] = codec.decode(valid).float().cpu()
     return audio
 
 

@@ -23,8 +23,8 @@ class TrainerConfig:
         algorithm: `grpo`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
-        minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (memory only; no effect on
-            results but rounding).
+        minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (memory only, no
+            effect on results but rounding).
         passes: times that an update goes over its episodes.
         clip: eps of the ratio [0.2]; kl_beta: weight of KL[policy || reference] [0.01].
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from queue import Queue
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from envs.episode import Episode
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rlhf_duplex.policy.moshi import MoshiPolicy
+
+MIN_BATCH = 32
 
 
 def episode_seed(*key: int) -> int:
@@ -59,37 +62,29 @@ class Stage:
             batch_size: dialogues that a thread plays at once, at most.
             on_frame: called with the number of dialogues after each frame, for a progress bar.
         """
-        # Long dialogues together: a batch takes as many frames as its longest.
-        order = sorted(
-            range(len(segments)), key=lambda i: -(segments[i].duration + min(contexts[i], segments[i].start))
-        )
-        size = max(1, min(batch_size, -(-len(order) // self.threads)))
+        lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
+        # Long dialogues together: a batch takes as many frames as its longest. Two batches a thread, so that whoever
+        # had the short ones takes more, but none so small that it costs more than it saves.
+        order = sorted(range(len(segments)), key=lambda i: -lengths[i])
+        size = min(batch_size, max(MIN_BATCH, -(-len(order) // (2 * self.threads))))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+        free: Queue[tuple[MoshiPolicy, DuplexDialogueVectorEnv]] = Queue()
+        for pair in self._pairs:
+            free.put(pair)
 
-        def play(thread: int) -> list[tuple[int, Episode]]:
-            policy, env = self._pairs[thread]
-            return [
-                pair
-                for rows in batches[thread :: self.threads]
-                for pair in zip(
-                    rows,
-                    _play(
-                        policy,
-                        env,
-                        [segments[i] for i in rows],
-                        [seeds[i] for i in rows],
-                        [contexts[i] for i in rows],
-                        on_frame,
-                    ),
-                    strict=True,
-                )
-            ]
+        def play(rows: list[int]) -> list[Episode]:
+            policy, env = free.get_nowait()  # as many pairs as threads: there always is one
+            try:
+                chosen = [segments[i] for i in rows]
+                return _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
+            finally:
+                free.put((policy, env))
 
         # What the user says is read and encoded once, before the threads ask for it.
         self.env.user_sides.get(list(zip(segments, contexts, strict=True)))
         with single_threaded_operations(self.threads), ThreadPoolExecutor(self.threads) as pool:
-            played = [pair for found in pool.map(play, range(self.threads)) for pair in found]
-        episodes = dict(played)
+            played = list(pool.map(play, batches))
+        episodes = {i: e for rows, found in zip(batches, played, strict=True) for i, e in zip(rows, found, strict=True)}
         return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
 
 

@@ -226,5 +226,6 @@ def _check_weights(model: torch.nn.Module, path: Path) -> None:
         raise InputError(f"{path}: key '{result.missing_keys[0]}' is missing ({len(result.missing_keys)} in all)")
     if result.unexpected_keys:
         raise InputError(
-            f"{path}: key '{result.unexpected_keys[0]}' is not known to the model ({len(result.unexpected_keys)} in all)"
+            f"{path}: key '{result.unexpected_keys[0]}' is not known to the model "
+            f"({len(result.unexpected_keys)} in all)"
         )

@@ -15,7 +15,7 @@ def test_loss_by_hand():
     kl = torch.tensor([[0.1, 0.3, 7.0], [0.2, 0.2, 0.2]])
     loss, diagnostics = grpo_loss(ratio.log(), torch.zeros(2, 3), torch.tensor([1.0, -2.0]), kl, mask, 0.2, 0.5)
     # Episode 1, A = 1: min(1, 1) = 1; min(1.5, 1.2) = 1.2; mean 1.1; KL mean 0.2.
-    # Episode 2, A = -2: min(-1.0, 0.8 * -2 = -1.6) = -1.6; min(-2.2, -2.2) = -2.2; min(-2.6, -2.4) = -2.6; mean -2.1333.
+    # Episode 2, A = -2: min(-1.0, 0.8 * -2) = -1.6; min(-2.2, -2.2) = -2.2; min(-2.6, -2.4) = -2.6; mean -6.4 / 3.
     expected = -((1.1 - 0.5 * 0.2) + (-6.4 / 3 - 0.5 * 0.2)) / 2
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     # Outside 0.8..1.2: one of two frames, two of three.
