@@ -99,11 +99,18 @@ def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segme
 def prepare_run_dir(config: Config) -> Path:
     """The run folder, made and writable, with the resolved configuration in it.
 
+    A run that is there already and is not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+
     Raises:
-        InputError: it cannot be written, or holds a run already and `resume` is not set.
+        InputError: it cannot be written.
     """
     run_dir = Path(config.run_dir)
     try:
+        if not config.resume and any((run_dir / name).exists() for name in ("metrics.jsonl", "evaluation")):
+            number = 1
+            while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+                number += 1
+            os.rename(run_dir, old)
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".probe.{os.getpid()}"
         probe.write_text("")

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help at once, errors in one line, with exit code 2, before a model is loaded."""
+"""The command line as a person meets it: help at once, errors in a line with exit code 2, before a model is loaded."""
 
 import json
 import os

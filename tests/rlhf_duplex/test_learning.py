@@ -198,6 +198,24 @@ def test_same_seed_same_metrics_to_the_bit_and_resume_is_exact(tmp_path, few):
     assert resumed == straight
 
 
+def test_an_axis_of_ones_own_trains_and_an_older_run_is_kept(tmp_path, few):
+    (tmp_path / "overlap.py").write_text(
+        "from rewards import RewardAxis, Score\n\n\n"
+        "class Overlap(RewardAxis):\n"
+        "    name = 'overlap'\n\n"
+        "    def score_episode(self, episode):\n"
+        "        seconds = sum(a.overlap(u) for a in episode.scored_agent_speech for u in episode.scored_user_speech)\n"
+        "        return Score(-seconds, {'overlap_seconds': seconds})\n"
+    )
+    run = tmp_path / "run"
+    for _ in range(2):
+        target = {"rewards.overlap.target": tmp_path / "overlap.py", "trainer.updates": 1}
+        metrics = short_run(run, few, **target)
+    assert metrics[0]["reward/overlap"] <= 0
+    assert "advantage_share/overlap" in metrics[0]
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").is_file()
+
+
 def test_the_run_folder_holds_what_design_says(tmp_path, few):
     run = tmp_path / "run"
     short_run(run, few, trainer__updates=1)
