@@ -3,7 +3,6 @@
 Shapes: `B` dialogues, `T` frames (of the longest), `N` samples.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,14 +72,9 @@ class UserSides:
     lead_in: float = 3.0
     capacity: int = 2048
     _kept: "OrderedDict[tuple[str, str, int], UserSide]" = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
         """The user's side for each (segment, seconds of context before it)."""
-        with self._lock:
-            return self._get(requests)
-
-    def _get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
         keys = [self._key(segment, context) for segment, context in requests]
         missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
         audio = {key: self._audio(segment, key[2]) for key, segment in missing.items()}

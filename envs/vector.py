@@ -77,19 +77,6 @@ class DuplexDialogueVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = frame_spaces(codec)
         self._set_size(num_envs)
 
-    def twin(self) -> "DuplexDialogueVectorEnv":
-        """The same environment for another thread: what the user says shared, the dialogues its own."""
-        return DuplexDialogueVectorEnv(
-            self.segments,
-            self.codec,
-            self.detector,
-            self.num_envs,
-            self.reward_function,
-            self.context,
-            max_frames=self.max_frames,
-            user_sides=self.user_sides,
-        )
-
     def _set_size(self, num_envs: int) -> None:
         self.num_envs = num_envs
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -48,7 +48,8 @@ class TrainerConfig:
 class OptimiserConfig:
     """AdamW [2e-7, betas 0.9 and 0.95, weight decay 0.1, clip norm 2, cosine].
 
-    `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`.
+    `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`, after `warmup_updates` in
+    which the rate rises linearly (Adam's first steps have the full size whatever the gradient).
     """
 
     learning_rate: float = 3e-4
@@ -57,6 +58,7 @@ class OptimiserConfig:
     clip_norm: float = 2.0
     schedule: str = "cosine"
     final_share: float = 0.1
+    warmup_updates: int = 2
 
 
 @dataclass
@@ -92,10 +94,9 @@ class DetectorConfig:
 
 @dataclass
 class RolloutConfig:
-    """`batch_size`: dialogues played at once by a thread; `threads`: on a CPU, 0 for one a core (1 on a GPU)."""
+    """`batch_size`: dialogues played at once."""
 
     batch_size: int = 256
-    threads: int = 0
 
 
 @dataclass
@@ -248,7 +249,7 @@ def check_config(config: Config) -> None:
     not_negative = {
         "trainer.updates": trainer.updates,
         "context.lead_in": config.context.lead_in,
-        "rollout.threads": config.rollout.threads,
+        "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
         "evaluation.episodes": config.evaluation.episodes,
     }

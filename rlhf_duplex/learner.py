@@ -100,10 +100,11 @@ class Learner:
     def learning_rate(self, update: int) -> float:
         """The rate at an update (from 0)."""
         config = self.config
+        warmup = min(1.0, (update + 1) / (config.warmup_updates + 1))
         if config.schedule == "constant":
-            return config.learning_rate
+            return config.learning_rate * warmup
         share = 0.5 * (1 + math.cos(math.pi * update / max(1, self.trainer.updates)))
-        return config.learning_rate * (config.final_share + (1 - config.final_share) * share)
+        return config.learning_rate * warmup * (config.final_share + (1 - config.final_share) * share)
 
     def update(self, batch: Batch, update: int) -> dict[str, float]:
         """Optimiser steps over all minibatches of a batch.

@@ -1,10 +1,8 @@
 """The policy meets the environment: groups of episodes, and a policy-free way to score them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from queue import Queue
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,88 +12,56 @@ from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
-MIN_BATCH = 32
-
 
 def episode_seed(*key: int) -> int:
     """A seed from a tuple of counters (run seed, update, group, member): independent streams, no state to save."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-@dataclass
-class Stage:
-    """Where dialogues are played: a policy, an environment, and twins of both for every further thread.
+def rollout(
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    segments: Sequence[Segment],
+    seeds: Sequence[int],
+    contexts: Sequence[float],
+    policy_version: int = 0,
+    batch_size: int = 256,
+    on_frame: Callable[[int], None] | None = None,
+) -> list[Episode]:
+    """One episode for each (segment, seed, context), in the order given.
 
-    On a CPU the operations of a small model are too short to be split over cores by OpenMP, whose threads wait for one
-    another thousands of times a second (on a busy machine that made rollouts ten times slower). Dialogues do not
-    depend on one another, so the batch is split instead, a part for each thread, and each operation runs on one core.
-
-    Attributes:
-        policy, env: of the first thread.
-        threads: how many play side by side; 1 on a GPU.
+    Args:
+        policy: acts.
+        env: plays the user; how it scores is not used.
+        segments, seeds, contexts: one of each for an episode; what an episode becomes depends on its own three only,
+            not on what is played beside it.
+        policy_version: written into the episodes.
+        batch_size: dialogues that are played at once, at most.
+        on_frame: called with the number of dialogues after each frame, for a progress bar.
     """
-
-    policy: MoshiPolicy
-    env: DuplexDialogueVectorEnv
-    threads: int = 1
-    _pairs: list[tuple[MoshiPolicy, DuplexDialogueVectorEnv]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        twins = [(self.policy.twin(), self.env.twin()) for _ in range(self.threads - 1)]
-        self._pairs = [(self.policy, self.env), *twins]
-
-    def rollout(
-        self,
-        segments: Sequence[Segment],
-        seeds: Sequence[int],
-        contexts: Sequence[float],
-        policy_version: int = 0,
-        batch_size: int = 256,
-        on_frame: Callable[[int], None] | None = None,
-    ) -> list[Episode]:
-        """One episode for each (segment, seed, context), in the order given.
-
-        Args:
-            segments, seeds, contexts: one of each for an episode; what an episode becomes depends on its own three
-                only, not on what is played beside it.
-            policy_version: written into the episodes.
-            batch_size: dialogues that a thread plays at once, at most.
-            on_frame: called with the number of dialogues after each frame, for a progress bar.
-        """
-        lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
-        # Long dialogues together: a batch takes as many frames as its longest. Two batches a thread, so that whoever
-        # had the short ones takes more, but none so small that it costs more than it saves.
-        order = sorted(range(len(segments)), key=lambda i: -lengths[i])
-        size = min(batch_size, max(MIN_BATCH, -(-len(order) // (2 * self.threads))))
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        free: Queue[tuple[MoshiPolicy, DuplexDialogueVectorEnv]] = Queue()
-        for pair in self._pairs:
-            free.put(pair)
-
-        def play(rows: list[int]) -> list[Episode]:
-            policy, env = free.get_nowait()  # as many pairs as threads: there always is one
-            try:
-                chosen = [segments[i] for i in rows]
-                return _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
-            finally:
-                free.put((policy, env))
-
-        # What the user says is read and encoded once, before the threads ask for it.
-        self.env.user_sides.get(list(zip(segments, contexts, strict=True)))
-        with single_threaded_operations(self.threads), ThreadPoolExecutor(self.threads) as pool:
-            played = list(pool.map(play, batches))
-        episodes = {i: e for rows, found in zip(batches, played, strict=True) for i, e in zip(rows, found, strict=True)}
-        return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
+    # Long dialogues together: a batch takes as many frames as its longest.
+    lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
+    order = sorted(range(len(segments)), key=lambda i: -lengths[i])
+    episodes: dict[int, Episode] = {}
+    with one_core_operations(policy.device):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            chosen = [segments[i] for i in rows]
+            played = _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
+            episodes.update(zip(rows, played, strict=True))
+    return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
 
 
 @contextmanager
-def single_threaded_operations(threads: int) -> Iterator[None]:
-    """One core for each operation while several threads run them."""
-    if threads == 1:
-        yield
-        return
+def one_core_operations(device: torch.device) -> Iterator[None]:
+    """On a CPU, each operation of a frame on one core.
+
+    A frame of a small model is some hundred operations of a tenth of a millisecond; OpenMP's threads wait for one
+    another after each, which on a busy machine makes a frame ten times slower, and on a quiet one hardly faster.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.rollout import Stage, episode_seed
+from rlhf_duplex.rollout import episode_seed, rollout
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.tracking import MetricsLog
 
@@ -155,12 +155,9 @@ class Trainer:
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
         users = UserSides(self.codec, inputs.detector, config.context.lead_in)
-        env = DuplexDialogueVectorEnv(
+        self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
-        on_cpu = self.policy.device.type == "cpu"
-        threads = (config.rollout.threads or os.cpu_count() or 1) if on_cpu else 1
-        self.stage = Stage(self.policy, env, threads)
         self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
         self.update = 0
         if config.resume:
@@ -175,7 +172,8 @@ class Trainer:
         config, inputs = self.config, self.inputs
         with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
             episodes, scores = play_suite(
-                self.stage,
+                self.policy,
+                self.env,
                 inputs.reward_function,
                 inputs.held_out,
                 config.evaluation.samples,
@@ -208,7 +206,9 @@ class Trainer:
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
         started = time.perf_counter()
-        episodes = self.stage.rollout(
+        episodes = rollout(
+            self.policy,
+            self.env,
             [segment for segment in groups for _ in range(trainer.group_size)],
             [
                 episode_seed(config.seed, update, group, member)

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from envs.episode import Episode
 from envs.segments import Segment
+from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction
 from rewards.axis import Score
-from rlhf_duplex.rollout import Stage, episode_seed
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.rollout import episode_seed, rollout
 
 Scores = Mapping[str, Score | None]
 
 
 def play_suite(
-    stage: Stage,
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
     reward_function: RewardFunction,
     segments: Sequence[Segment],
     samples: int = 1,
@@ -30,7 +33,8 @@ def play_suite(
     """
     chosen = [segment for segment in segments for _ in range(samples)]
     seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
-    episodes = stage.rollout(chosen, seeds, [0.0] * len(chosen), batch_size=batch_size, on_frame=on_frame)
+    contexts = [0.0] * len(chosen)
+    episodes = rollout(policy, env, chosen, seeds, contexts, batch_size=batch_size, on_frame=on_frame)
     return episodes, list(reward_function(episodes))
 
 

@@ -5,7 +5,6 @@ vocabulary. Frame n of an episode is step n of `moshi`'s own `LMGen`: the user's
 depth transformer's codes come out, and what is complete by then (frame n - max_delay) is what is heard.
 """
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,11 +64,6 @@ class MoshiPolicy:
         streams = torch.arange(lm.n_q + 1, device=lm.device)
         self._agent, self._user = streams[: 1 + self.agent_codebooks], streams[1 + self.agent_codebooks :]
         self._stream: _Stream | None = None
-
-    def twin(self) -> "MoshiPolicy":
-        """The same policy for another thread: weights shared, streaming state its own."""
-        shared = {id(tensor): tensor for tensor in (*self.lm.parameters(), *self.lm.buffers())}
-        return MoshiPolicy(copy.deepcopy(self.lm, shared), self.sampling)
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
-from rlhf_duplex.rollout import Stage, episode_seed
+from rlhf_duplex.rollout import episode_seed, rollout
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.trainer import train
 
@@ -32,17 +32,14 @@ def setting(silero, one_of_each):
     policy = MoshiPolicy(bundle.lm, SAMPLING)
     env = DuplexDialogueVectorEnv(one_of_each, bundle.codec, silero, lead_in=0.4)
     segments = [s for s in one_of_each for _ in range(2)]
-    stage = Stage(policy, env)
-    episodes = stage.rollout(segments, list(range(8)), [0.0] * 8)
-    return bundle, policy, stage, segments, episodes
+    episodes = rollout(policy, env, segments, list(range(8)), [0.0] * 8)
+    return bundle, policy, env, segments, episodes
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_episodes_tokens_depend_on_its_own_seed_alone(setting, threads):
-    _, policy, stage, segments, episodes = setting
+def test_an_episodes_tokens_depend_on_its_own_seed_alone(setting):
+    _, policy, env, segments, episodes = setting
     order = [5, 0, 7]
-    other_stage = Stage(policy, stage.env, threads)
-    others = other_stage.rollout([segments[i] for i in order], order, [0.0] * 3, batch_size=2)
+    others = rollout(policy, env, [segments[i] for i in order], order, [0.0] * 3, batch_size=2)
     for row, other in zip(order, others, strict=True):
         assert np.array_equal(episodes[row].text_tokens, other.text_tokens)
         assert np.array_equal(episodes[row].audio_tokens, other.audio_tokens)
@@ -79,7 +76,7 @@ def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
 def test_an_update_raises_what_had_a_high_advantage(setting):
     bundle, _, _, _, episodes = setting
     policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
-    config = OptimiserConfig(learning_rate=1e-4, weight_decay=0.0, schedule="constant")
+    config = OptimiserConfig(learning_rate=1e-4, schedule="constant", warmup_updates=0)
     learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=3), config, seed=0)
     advantages = torch.tensor([1.0, -1.0] * 4)
     batch = make_batch(episodes, advantages, bundle.codec.frame_rate, policy.device)
@@ -132,10 +129,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(setting):
 def test_learning_rate_falls_as_a_cosine():
     learner = Learner.__new__(Learner)
     learner.trainer = TrainerConfig(updates=10)
-    learner.config = OptimiserConfig(learning_rate=1.0, final_share=0.2)
+    learner.config = OptimiserConfig(learning_rate=1.0, final_share=0.2, warmup_updates=0)
     assert learner.learning_rate(0) == pytest.approx(1.0)
     assert learner.learning_rate(5) == pytest.approx(0.6)  # half way between 1 and 0.2
     assert learner.learning_rate(10) == pytest.approx(0.2)
+    learner.config = OptimiserConfig(learning_rate=1.0, schedule="constant", warmup_updates=3)
+    assert [learner.learning_rate(update) for update in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_every_segment_comes_once_before_any_comes_twice(nano_segments):
