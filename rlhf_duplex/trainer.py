@@ -5,6 +5,7 @@ Everything is checked before the model is loaded, and everything a run leaves is
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -267,7 +268,7 @@ class Trainer:
                     metrics = self.step()
                     log.write(self.update, metrics)
                     advance(1)
-                    self.console.print(_line(self.update, config.trainer.updates, metrics))
+                    self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
                     if (
                         self.update % config.checkpointing.every == 0
                         or self.update == config.trainer.updates
@@ -309,6 +310,11 @@ def _line(update: int, updates: int, metrics: dict[str, float]) -> str:
     )
 
 
+def make_console() -> Console:
+    """The terminal as it is; where there is none (a log file), wide enough for the table."""
+    return Console() if sys.stdout.isatty() else Console(width=130)
+
+
 @contextmanager
 def progress(console: Console, label: str, total: float) -> Iterator:
     """A progress bar; gives a function that advances it."""
@@ -325,7 +331,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         InputError: what the user can fix, before the model is loaded wherever that can be known.
         NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
     """
-    console = console or Console()
+    console = console or make_console()
     run_dir = prepare_run_dir(config)
     inputs = load_inputs(config)
     trainer = Trainer(config, inputs, run_dir, console)
@@ -355,7 +361,7 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError: as in `train`.
     """
-    console = console or Console()
+    console = console or make_console()
     run_dir = prepare_run_dir(config)
     trainer = Trainer(config, load_inputs(config), run_dir, console)
     console.print(format_table(trainer.evaluate("before"), None))
