@@ -1,4 +1,4 @@
-"""The axes on recordings of people, against what is known of them (beside the repository, where there is a copy)."""
+"""Scores and a training run on recordings of people, beside the repository where there is a copy of them."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from envs import SileroDetector, complete_events, read_manifest, recorded_episode
 from rewards import RewardFunction, RewardSpec
+from rlhf_duplex.cli import main
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "real_dialogues"
 pytestmark = pytest.mark.skipif(not (DATA / "truth.json").is_file(), reason=f"no recordings of people in {DATA}")
@@ -37,8 +38,8 @@ def expected(row):
     return {"pause_handling": 0.0, "backchannel": 1.0}[row["axis"]]
 
 
-@pytest.mark.parametrize("with_events", [True, False], ids=["events_given", "events_detected"])
-def test_the_recorded_agent_scores_as_the_truth_says(tmp_path, with_events):
+def write_truth(folder, with_events):
+    """A manifest of everything that the truth tells of; gives its path."""
     lines = []
     for name, recording, row in truth_rows():
         spans = row["user"] + row["agent"]
@@ -52,9 +53,25 @@ def test_the_recorded_agent_scores_as_the_truth_says(tmp_path, with_events):
             "events": events_of(row) if with_events else {},
         }
         lines.append(json.dumps(line))
-    (tmp_path / "segments.jsonl").write_text("\n".join(lines))
+    (folder / "segments.jsonl").write_text("\n".join(lines))
+    return folder / "segments.jsonl"
+
+
+def test_nano_trains_on_recordings_of_people(tmp_path):
+    arguments = ["checkpoint=nano", f"segments={write_truth(tmp_path, False)}", f"run_dir={tmp_path / 'run'}"]
+    small = ["trainer.updates=1", "trainer.groups=4", "trainer.group_size=2", "evaluation.limit=1"]
+    assert main(["train", *arguments, *small]) == 0
+    after = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text())
+    assert set(after["axes"]) == {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
+    assert after["on_training_segments"]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("with_events", [True, False], ids=["events_given", "events_detected"])
+def test_the_recorded_agent_scores_as_the_truth_says(tmp_path, with_events):
+    manifest = write_truth(tmp_path, with_events)
     detector = SileroDetector()
-    segments = complete_events(read_manifest(tmp_path / "segments.jsonl"), detector)
+    segments = complete_events(read_manifest(manifest), detector)
     axes = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
     function = RewardFunction({axis: RewardSpec() for axis in axes})
     scores = function([recorded_episode(segment, detector) for segment in segments])
