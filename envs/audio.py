@@ -20,7 +20,7 @@ def audio_info(path: Path) -> tuple[int, int, float]:
         raise InputError(f"recording {path} does not exist: check the manifest's `recording` paths")
     try:
         info = soundfile.info(str(path))
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file
         raise InputError(f"recording {path} cannot be read as audio ({error}): is it corrupt or empty?") from error
     return info.samplerate, info.channels, info.frames / info.samplerate
 

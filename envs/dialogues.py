@@ -3,9 +3,10 @@
 Shapes: `B` dialogues, `T` frames (of the longest), `N` samples.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ from envs.segments import Segment
 from envs.speech import Interval, SpeechDetector
 
 DECODE_BATCH = 16
+
+# Recording, user channel, start, end, frames of context: what makes one user's side another's equal.
+UserKey = tuple[str, int, float, float, int]
 
 
 class RewardFunction(Protocol):
@@ -71,32 +75,32 @@ class UserSides:
     detector: SpeechDetector
     lead_in: float = 3.0
     capacity: int = 2048
-    _kept: "OrderedDict[tuple[str, str, int], UserSide]" = field(default_factory=OrderedDict)
+    _kept: "OrderedDict[UserKey, UserSide]" = field(default_factory=OrderedDict)
 
     def get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
         """The user's side for each (segment, seconds of context before it)."""
         keys = [self._key(segment, context) for segment, context in requests]
         missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
-        audio = {key: self._audio(segment, key[2]) for key, segment in missing.items()}
+        audio = {key: self._audio(segment, key[-1]) for key, segment in missing.items()}
         speech = self.detector.detect(list(audio.values()), self.codec.sample_rate) if audio else []
         for (key, segment), intervals in zip(missing.items(), speech, strict=True):
             # One by one: the codes of a segment must not depend on what else is encoded at the same time.
             codes = self.codec.encode(torch.from_numpy(audio[key])[None])[0]
             lead_in = frames_in(self.lead_in, self.codec.frame_rate)
-            before = (lead_in + key[2]) / self.codec.frame_rate
+            before = (lead_in + key[-1]) / self.codec.frame_rate
             self._kept[key] = UserSide(segment, audio[key], codes, intervals, before)
         found = []
-        for key in keys:
+        for key, (segment, _) in zip(keys, requests, strict=True):
             self._kept.move_to_end(key)
-            found.append(self._kept[key])
+            found.append(replace(self._kept[key], segment=segment))
         while len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
         return found
 
-    def _key(self, segment: Segment, context: float) -> tuple[str, str, int]:
+    def _key(self, segment: Segment, context: float) -> UserKey:
         # Context in whole frames, so that the scored window begins at a frame's edge.
         frames = frame_at(min(max(context, 0.0), segment.start), self.codec.frame_rate)
-        return segment.id, str(segment.recording), frames
+        return str(segment.recording), segment.user_channel, segment.start, segment.end, frames
 
     def _audio(self, segment: Segment, context_frames: int) -> np.ndarray:
         codec = self.codec
@@ -153,13 +157,13 @@ def finish_dialogues(
 def _decode(codes: torch.Tensor, silent: torch.Tensor, frames: Sequence[int], codec: Codec) -> np.ndarray:
     """Agent audio `(B, N)`: the frames before the first whole one are silence, the rest is decoded."""
     batch, _, longest = codes.shape
-    first = int(silent.long().sum(dim=1).max()) if longest else 0
+    firsts = silent.long().cumprod(dim=1).sum(dim=1).tolist()  # leading frames without audio
     audio = np.zeros((batch, longest * codec.frame_samples), dtype=np.float32)
-    # Dialogues of like length together, each part only as far as its longest goes.
-    order = sorted(range(batch), key=lambda row: frames[row])
-    for start in range(0, batch, DECODE_BATCH):
-        rows = order[start : start + DECODE_BATCH]
-        last = max(frames[row] for row in rows)
+    # Dialogues of like beginning and length together, each part only as far as its longest goes.
+    order = sorted(range(batch), key=lambda row: (firsts[row], frames[row]))
+    parts = [list(rows) for _, rows in itertools.groupby(order, key=lambda row: firsts[row])]
+    for rows in (part[i : i + DECODE_BATCH] for part in parts for i in range(0, len(part), DECODE_BATCH)):
+        first, last = firsts[rows[0]], max(frames[row] for row in rows)
         if first < last:
             valid = codes[rows, :, first:last].clamp(0, codec.audio_cardinality - 1)
             audio[rows, first * codec.frame_samples : last * codec.frame_samples] = codec.decode(valid).float().cpu()

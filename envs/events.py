@@ -22,8 +22,8 @@ def complete_events(
     """Segments that each have the event which their axis is scored by.
 
     What is missing is read off the recording with the definitions of arXiv 2606.11167, section 3: the user's
-    pauses, the end of the user's first utterance, the recorded agent's utterances of at most a second, or the last
-    user utterance that begins before an agent utterance has ended (for an interruption, the one that barges in).
+    pauses, the end of the user's first utterance, the recorded agent's utterances of at most a second, or the
+    first user utterance after it that begins while the agent speaks (the one that barges in; else the last one).
 
     Raises:
         InputError: the audio of such a segment cannot be read, or holds no user speech to read the event off.

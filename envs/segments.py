@@ -11,7 +11,6 @@ A manifest is JSON Lines, one segment a line::
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class Segment:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 # What each event that a built-in axis reads must look like; events of a user's own axis may take any of these forms.
@@ -157,7 +156,9 @@ def parse_segment(row: Any, folder: Path) -> Segment:
     if wrong:
         raise InputError(wrong)
     transcript = row.get("transcript") or []
-    if not isinstance(transcript, list):
+    if not isinstance(transcript, list) or not all(
+        isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) for word in transcript
+    ):
         raise InputError(f"`transcript` must be a list of [word, [start, end], speaker], found {transcript!r}")
     return Segment(
         row["id"],
@@ -167,7 +168,7 @@ def parse_segment(row: Any, folder: Path) -> Segment:
         float(start),
         float(end),
         events,
-        tuple(tuple(word) if isinstance(word, list) else word for word in transcript),
+        tuple(tuple(word) for word in transcript),
     )
 
 
@@ -183,7 +184,7 @@ def read_manifest(path: Path) -> list[Segment]:
     headers: dict[Path, tuple[int, int, float]] = {}
     seen: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits inside words
     except UnicodeDecodeError as error:
         raise InputError(f"manifest {path} is not UTF-8 text ({error}): is this a segments.jsonl?") from error
     for number, line in enumerate(lines, 1):

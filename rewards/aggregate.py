@@ -29,6 +29,11 @@ class RewardSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> "RewardSpec":
         """From `{weight: 1.0, target: ..., <option>: ...}`: what is neither weight nor target is an option."""
+        if config is not None and not isinstance(config, Mapping):
+            raise InputError(
+                f"a reward axis is configured as {{weight: 1.0, ...}}, found {config!r}: "
+                "did you mean rewards.<axis>.weight?"
+            )
         options = dict(config or {})
         return cls(options.pop("weight", 1.0), options.pop("target", None), options)
 

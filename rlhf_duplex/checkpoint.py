@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
@@ -27,7 +28,8 @@ def save_checkpoint(run_dir: Path, update: int, bundle: Bundle, learner: Learner
     (temporary / "trainer.json").write_text(json.dumps({"update": update}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    for old in sorted((run_dir / "checkpoints").glob(_PATTERN))[:-keep]:
+    stale = (run_dir / "checkpoints").glob(f".{_PATTERN}")  # what a kill left half-written
+    for old in [*sorted((run_dir / "checkpoints").glob(_PATTERN))[:-keep], *stale]:
         shutil.rmtree(old)
     return folder
 
@@ -49,5 +51,5 @@ def restore(folder: Path, bundle: Bundle, learner: Learner) -> int:
         bundle.lm.load_state_dict(saved.lm.state_dict())
         learner.load_state(load_file(str(folder / "optimiser.safetensors")))
         return int(json.loads((folder / "trainer.json").read_text())["update"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InputError(f"checkpoint {folder} cannot be resumed from ({' '.join(str(error).split())})") from error

@@ -12,7 +12,7 @@ TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml resume=true"""
 EVALUATE_HELP = """examples:
   rlhf-duplex evaluate checkpoint=nano
-  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000030 run_dir=runs/checked"""
+  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000022 run_dir=runs/checked"""
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rlhf-duplex: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("rlhf-duplex: stopped; a training run goes on with resume=true", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ Defaults are for the nano bundle on a laptop; where arXiv 2606.11167, section 3,
 another, it stands in brackets.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,7 +208,10 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise InputError(f"{source}: {_explain(error)}") from error
-    result: Config = OmegaConf.to_object(config)
+    try:
+        result: Config = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise InputError(f"the configuration cannot be resolved: {_explain(error)}") from error
     check_config(result)
     return result
 
@@ -247,6 +251,9 @@ def check_config(config: Config) -> None:
             f"trainer.group_size must be at least 2 (a group is compared within itself), found {trainer.group_size}"
         )
     not_negative = {
+        "seed": config.seed,
+        "evaluation.seed": config.evaluation.seed,
+        "optimiser.weight_decay": optimiser.weight_decay,
         "trainer.updates": trainer.updates,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
@@ -254,8 +261,10 @@ def check_config(config: Config) -> None:
         "evaluation.episodes": config.evaluation.episodes,
     }
     for key, value in not_negative.items():
-        if value < 0:
-            raise InputError(f"{key} must not be negative, found {value}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"{key} must be a number of at least 0, found {value}")
+    if not all(0 <= beta < 1 for beta in optimiser.betas):
+        raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
         "trainer.algorithm": (trainer.algorithm, ("grpo",)),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),

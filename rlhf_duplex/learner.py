@@ -7,7 +7,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ class Learner:
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
         self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
         reference = copy.deepcopy(policy.lm).requires_grad_(False).eval()
-        self.reference = MoshiPolicy(reference, policy.sampling)
+        # The reference keeps its whole vocabulary: cut to its own top-k, KL to it would be infinite.
+        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0))
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
             parameter.requires_grad_(not name.startswith(("depformer", "linears")))
@@ -137,7 +138,7 @@ class Learner:
         totals: dict[str, torch.Tensor] = {}
         self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
-        index = index[batch.mask[index].float().sum(dim=1).argsort()]
+        index = index[batch.mask[index].float().sum(dim=1).argsort().cpu()]
         for part in index.split(self.trainer.microbatch):
             loss, diagnostics = self._loss(batch.rows(part))
             share = len(part) / len(index)
@@ -186,9 +187,16 @@ class Learner:
         return state
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave (nothing, before the first update).
+
+        Raises:
+            ValueError: a parameter's state is not whole or has another shape.
+        """
         for name, parameter in self.parameters.items():
-            found = {key.split("/", 1)[0]: value for key, value in state.items() if key.split("/", 1)[1] == name}
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            found = {key: state[f"{key}/{name}"] for key in keys if f"{key}/{name}" in state}
+            if found and (len(found) != 3 or found["exp_avg"].shape != parameter.shape):
+                raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
             if found:
                 self.optimiser.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter.device).clone()

@@ -1,5 +1,6 @@
 """Metrics: a line an update in `metrics.jsonl`, mirrored to TensorBoard or W&B through accelerate's trackers."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,9 +17,6 @@ class MetricsLog:
         trackers: mirrors by accelerate's names (`tensorboard`, `wandb`).
         config: scalars and strings that a mirror shows beside the curves.
         keep_updates: lines of later updates are cut off (a run that goes on from a checkpoint writes them again).
-
-    Raises:
-        InputError: a tracker that is not installed.
     """
 
     def __init__(self, run_dir: Path, trackers: list[str], config: dict[str, Any], keep_updates: int = 0) -> None:
@@ -57,13 +55,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _make_tracker(name: str, run_dir: Path) -> Any:
-    from accelerate import tracking
+def check_trackers(names: list[str]) -> None:
+    """Whether the mirrors can be started.
 
-    classes = {"tensorboard": tracking.TensorBoardTracker, "wandb": tracking.WandBTracker}
-    try:
-        if name == "tensorboard":
-            return classes[name](run_name="tensorboard", logging_dir=str(run_dir))
-        return classes[name](run_name=run_dir.name)
-    except ImportError as error:
-        raise InputError(f"tracker '{name}' is not installed ({error}): pip install {name}") from error
+    Raises:
+        InputError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"tracker '{name}' is not installed: pip install {name}")
+
+
+def _make_tracker(name: str, run_dir: Path) -> Any:
+    from accelerate import PartialState, tracking
+
+    PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
+    if name == "tensorboard":
+        return tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir))
+    return tracking.WandBTracker(run_name=run_dir.name)

@@ -34,13 +34,13 @@ from rlhf_duplex.config import Config, to_yaml
 from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
 from rlhf_duplex.learner import Learner, make_batch
-from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle
+from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed, rollout
 from rlhf_duplex.sampler import segments_of_update
-from rlhf_duplex.tracking import MetricsLog
+from rlhf_duplex.tracking import MetricsLog, check_trackers
 
 NANO_DATA = Path(__file__).parent / "nano_data"
 
@@ -62,7 +62,15 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         InputError: the first thing that is wrong.
     """
-    find_bundle(config.checkpoint)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device '{config.device}' cannot be used ({first}): choose another") from error
+    check_trackers(config.trackers)
+    folder = find_bundle(config.checkpoint)
+    if folder is not None:
+        check_bundle(local_info(folder))
     specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
     reward_function = RewardFunction(specs)
     detector = make_detector(config.detector.name, **config.detector.options)
@@ -106,8 +114,12 @@ def prepare_run_dir(config: Config) -> Path:
         InputError: it cannot be written.
     """
     run_dir = Path(config.run_dir)
+    folder = find_bundle(config.checkpoint)
+    if folder is not None and not config.resume and folder.resolve().is_relative_to(run_dir.resolve()):
+        raise InputError(f"checkpoint {folder} lies in the run folder {run_dir}: choose another with run_dir=...")
     try:
-        if not config.resume and any((run_dir / name).exists() for name in ("metrics.jsonl", "evaluation")):
+        known = ("metrics.jsonl", "evaluation", "checkpoints")
+        if not config.resume and any((run_dir / name).exists() for name in known):
             number = 1
             while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
                 number += 1
@@ -332,13 +344,19 @@ def train(config: Config, console: Console | None = None) -> Path:
         NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
     """
     console = console or make_console()
+    with console.status("checking recordings and configuration"):
+        inputs = load_inputs(config)
     run_dir = prepare_run_dir(config)
-    inputs = load_inputs(config)
     trainer = Trainer(config, inputs, run_dir, console)
     before_path = run_dir / "evaluation" / "before.json"
-    before = read_results(before_path) if config.resume and before_path.is_file() else None
-    if before is None:
+    if config.resume and before_path.is_file():
+        before = read_results(before_path)
+    elif trainer.update == 0:
+        if last_checkpoint(run_dir) is None:
+            trainer.save()  # whatever stops the run from here on, it can go on
         before = trainer.evaluate("before")
+    else:
+        raise InputError(f"{before_path} is missing and update {trainer.update} is past it: start without resume=true")
     if trainer.run():
         report = build_report(run_dir)
         console.print(
@@ -358,13 +376,18 @@ def train(config: Config, console: Console | None = None) -> Path:
 def evaluate(config: Config, console: Console | None = None) -> Path:
     """The held-out suite with a checkpoint as it is; writes `evaluation/before.json` in the run folder.
 
+    With `resume` it is the run folder's last checkpoint, and the file is named after its update.
+
     Raises:
         InputError: as in `train`.
     """
     console = console or make_console()
+    with console.status("checking recordings and configuration"):
+        inputs = load_inputs(config)
     run_dir = prepare_run_dir(config)
-    trainer = Trainer(config, load_inputs(config), run_dir, console)
-    console.print(format_table(trainer.evaluate("before"), None))
-    path = run_dir / "evaluation" / "before.json"
+    trainer = Trainer(config, inputs, run_dir, console)
+    name = f"step_{trainer.update:06d}" if config.resume else "before"
+    console.print(format_table(trainer.evaluate(name), None))
+    path = run_dir / "evaluation" / f"{name}.json"
     console.print(f"wrote {path}")
     return path

@@ -120,31 +120,42 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
         InputError: a missing file, an unknown or missing key, a wrong shape; the message names file and key.
     """
     folder = find_bundle(checkpoint)
-    info = _local_info(folder) if folder is not None else _hub_info(checkpoint)
+    info = local_info(folder) if folder is not None else _hub_info(checkpoint)
     check_bundle(info)
     mimi_weights = load_file(info.mimi_weights, device="cpu")
     codebooks = _mimi_codebooks(info)
     mimi = get_mimi(None, info.mimi_config, num_codebooks=codebooks, device=device)
     mimi.load_state_dict({name: value.float() for name, value in mimi_weights.items()})
     lm = info.get_moshi(device=device, dtype=dtype)
+    try:
+        tokenizer = info.get_text_tokenizer()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{info.tokenizer} is not a SentencePiece model ({_one_line(error)})") from error
     return Bundle(
         info.raw_config or {},
         info.mimi_config,
         lm,
         mimi,
-        info.get_text_tokenizer(),
+        tokenizer,
         folder or info.moshi_weights.parent,
     )
 
 
-def _local_info(folder: Path) -> CheckpointInfo:
+def local_info(folder: Path) -> CheckpointInfo:
+    """What Moshi's loaders are told of a local bundle.
+
+    Raises:
+        InputError: config.json is missing or wrong, or names a file that is not there.
+    """
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise InputError(f"{config_path} does not exist: a bundle needs config.json beside its weights")
     try:
         config = json.loads(config_path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{config_path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path} must hold a JSON object, found {type(config).__name__}")
     paths: dict[str, Path | None] = {}
     for key in _NAMES:
         name = config.get(key, None if key == "mimi_config_name" else _NAMES[key])
@@ -167,7 +178,7 @@ def _hub_info(repository: str) -> CheckpointInfo:
 
     try:
         return CheckpointInfo.from_hf_repo(repository)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint '{repository}' cannot be had from the model hub ({first})") from error
 

@@ -132,6 +132,16 @@ def test_context_precedes_the_segment_in_whole_frames(nano, silero, one_of_each)
     assert env._users[0].scored_from <= 0.4 + segment.start
 
 
+def test_a_user_is_known_by_what_is_said_not_by_the_id(nano, silero, one_of_each):
+    # Two manifests may use the same id for other windows of the same recording.
+    whole = replace(one_of_each[0], events={})
+    half = replace(whole, end=whole.start + whole.duration / 2)
+    env = DuplexDialogueVectorEnv([whole], nano.codec, silero, lead_in=0.4)
+    users = env.user_sides.get([(whole, 0.0), (half, 0.0)])
+    assert [user.segment for user in users] == [whole, half]
+    assert users[0].frames > users[1].frames
+
+
 def test_seed_decides_what_is_played(nano, silero, nano_segments):
     env = DuplexDialogueVectorEnv(
         nano_segments, nano.codec, silero, num_envs=3, context=ContextSchedule(0.5, 1.0), max_frames=2

@@ -104,6 +104,12 @@ def test_truncated_weights(copy):
         load_bundle(str(copy))
 
 
+def test_broken_tokenizer(copy):
+    (copy / names(copy)["tokenizer_name"]).write_bytes(b"no tokenizer")
+    with pytest.raises(InputError, match="not a SentencePiece model"):
+        load_bundle(str(copy))
+
+
 def test_pickled_weights_are_not_read(copy):
     config = names(copy)
     torch.save({"model": {}}, copy / "model.pt")

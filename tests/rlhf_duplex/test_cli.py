@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import soundfile
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
+from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.trainer import NANO_DATA
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,12 @@ def test_bad_audio(tmp_path, capsys):
         ("rewards.turn_taking.weight=heavy", "`weight` must be a finite number"),
         ("detector.name=ear", "unknown speech detector 'ear'"),
         ("evaluation.segments=nowhere.jsonl", "does not exist"),
+        ("rewards.backchannel=0", "did you mean rewards.<axis>.weight"),
+        ("seed=-1", "seed must be a number of at least 0"),
+        ("context.lead_in=nan", "context.lead_in must be a number"),
+        ("optimiser.betas=[0.9,1.5]", "optimiser.betas must lie in"),
+        ("device=abacus", "device 'abacus' cannot be used"),
+        ("trackers=[abacus]", "tracker 'abacus' is not known"),
     ],
 )
 def test_bad_configuration(tmp_path, capsys, argument, message):
@@ -147,6 +155,17 @@ def test_configuration_files_that_are_wrong(tmp_path, capsys):
 def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in failing(capsys, f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "evaluation").mkdir(parents=True)
+    failing(capsys, f"run_dir={run}", "segments=typo.jsonl")
+    assert (run / "evaluation").is_dir()
+    shutil.copytree(NANO_FOLDER, run / "checkpoints" / "step_000001")
+    assert main(["evaluate", f"run_dir={run}", f"checkpoint={run / 'checkpoints' / 'step_000001'}"]) == 2
+    assert "lies in the run folder" in capsys.readouterr().err
+    assert (run / "checkpoints" / "step_000001").is_dir()
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):

@@ -115,6 +115,18 @@ def test_microbatches_change_nothing_but_rounding(setting):
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-3, abs=1e-6)
 
 
+def test_a_top_k_on_text_keeps_the_kl_finite(setting):
+    bundle, policy, env, segments, _ = setting
+    narrow = MoshiPolicy(load_bundle("nano").lm, Sampling(text_top_k=3))
+    episodes = rollout(narrow, env, segments[:2], [1, 2], [0.0] * 2)
+    config = OptimiserConfig(learning_rate=1e-3, warmup_updates=0)
+    learner = Learner(narrow, TrainerConfig(minibatch=2), config, seed=0)
+    batch = make_batch(episodes, torch.tensor([1.0, -1.0]), bundle.codec.frame_rate, policy.device)
+    results = [learner.update(batch, update) for update in range(3)]
+    assert results[0]["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    assert all(np.isfinite(result["kl"]) for result in results)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(setting):
     bundle, _, _, _, episodes = setting
     policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
