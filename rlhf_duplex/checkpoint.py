@@ -28,7 +28,7 @@ def save_checkpoint(run_dir: Path, update: int, bundle: Bundle, learner: Learner
     (temporary / "trainer.json").write_text(json.dumps({"update": update}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    stale = (run_dir / "checkpoints").glob(f".{_PATTERN}")  # what a kill left half-written
+    stale = (run_dir / "checkpoints").glob(".*")  # what a kill left half-written
     for old in [*sorted((run_dir / "checkpoints").glob(_PATTERN))[:-keep], *stale]:
         shutil.rmtree(old)
     return folder

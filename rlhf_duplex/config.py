@@ -281,6 +281,40 @@ def check_config(config: Config) -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
+_DECIDES_NUMBERS = (
+    "seed",
+    "checkpoint",
+    "segments",
+    "trainer",
+    "optimiser",
+    "sampling",
+    "context",
+    "detector",
+    "rewards",
+)
+
+
+def check_resumed(config: Config, saved: Path) -> None:
+    """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
+
+    Args:
+        config: the configuration to go on with.
+        saved: the run folder's config.yaml; nothing is checked where there is none.
+
+    Raises:
+        InputError: the first key that differs.
+    """
+    if not saved.is_file():
+        return
+    before, now = OmegaConf.load(saved), OmegaConf.create(to_yaml(config))
+    for part in _DECIDES_NUMBERS:
+        names = [f"{part}.{name}" for name in now[part]] if OmegaConf.is_dict(now[part]) else [part]
+        for key in names:
+            old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
+            if old != new and key != "trainer.updates":
+                raise InputError(f"resume: {key} was {old} and is {new}: a resumed run keeps its configuration")
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -30,7 +30,7 @@ from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
-from rlhf_duplex.config import Config, to_yaml
+from rlhf_duplex.config import Config, check_resumed, to_yaml
 from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
 from rlhf_duplex.learner import Learner, make_batch
@@ -111,7 +111,7 @@ def prepare_run_dir(config: Config) -> Path:
     A run that is there already and is not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or the run to resume had another configuration.
     """
     run_dir = Path(config.run_dir)
     folder = find_bundle(config.checkpoint)
@@ -128,6 +128,8 @@ def prepare_run_dir(config: Config) -> Path:
         probe = run_dir / f".probe.{os.getpid()}"
         probe.write_text("")
         probe.unlink()
+        if config.resume:
+            check_resumed(config, run_dir / "config.yaml")
         temporary = run_dir / f".config.{os.getpid()}"
         temporary.write_text(to_yaml(config))
         os.replace(temporary, run_dir / "config.yaml")

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from envs.episode import Episode
+from envs.errors import InputError
 from envs.segments import write_manifest
 from envs.vector import DuplexDialogueVectorEnv
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig, load_config
@@ -207,6 +208,8 @@ def test_same_seed_same_metrics_to_the_bit_and_resume_is_exact(tmp_path, few):
     shutil.rmtree(run / "checkpoints" / "step_000002")
     resumed = short_run(run, few, resume="true")
     assert resumed == straight
+    with pytest.raises(InputError, match=r"optimiser.learning_rate was 0.0001 and is 0.5"):
+        short_run(run, few, resume="true", **{"optimiser.learning_rate": 0.5})
 
 
 def test_an_axis_of_ones_own_trains_and_an_older_run_is_kept(tmp_path, few):
