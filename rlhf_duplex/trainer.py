@@ -204,7 +204,8 @@ class Trainer:
             "samples": config.evaluation.samples,
             "on_training_segments": inputs.held_out_is_training,
         }
-        record = write_results(folder / f"{name}.json", segment_values(episodes, scores), extra)
+        values = segment_values(episodes, scores, [*inputs.segments, *inputs.held_out])
+        record = write_results(folder / f"{name}.json", values, extra)
         save_examples(folder / name, episodes, scores, config.evaluation.episodes)
         return record
 

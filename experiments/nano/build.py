@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import pickle
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import codec, language_model, release, tokenizer, voices
+from . import bank, codec, language_model, release, tokenizer, voices
 from .dialogues import NOISE_LEVELS, AgentVoice, Spoken, Track, agent_voice, speak, user_track
 
 KINDS = ("turn", "pause", "long", "interrupt")
@@ -35,7 +34,7 @@ def make_speech(work: Path) -> None:
     with multiprocessing.Pool(os.cpu_count()) as pool:
         spoken = pool.map(_speak, jobs, chunksize=20)
     split = TRAIN_UTTERANCES * len(KINDS)
-    (work / "speech.pickle").write_bytes(pickle.dumps((spoken[:split], spoken[split:], agent_voice())))
+    bank.save(work / "speech.npz", bank.Bank(spoken[:split], spoken[split:], agent_voice()))
 
 
 def make_codec(work: Path) -> None:
@@ -118,7 +117,8 @@ def _speak(job: tuple[str, bool, int]) -> Spoken:
 
 
 def _speech(work: Path) -> tuple[list[Spoken], list[Spoken], AgentVoice]:
-    return pickle.loads((work / "speech.pickle").read_bytes())
+    made = bank.load(work / "speech.npz")
+    return made.train, made.held_out, made.agent
 
 
 def _tracks(train: list[Spoken], seed: int = 5) -> list[tuple[Track, bool, int]]:

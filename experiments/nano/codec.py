@@ -45,8 +45,8 @@ CONFIG = {
     },
 }  # fmt: skip
 
-# Steps, batch, frames of a crop. The step counts are those of the shipped bundle.
-STAGES = {"wave": (900, 24, 4), "mel": (700, 12, 8), "quantised": (4000, 12, 8), "decoder": (2000, 8, 12)}
+# Steps, batch, frames of a crop.
+STAGES = {"wave": (900, 24, 4), "mel": (700, 12, 8), "quantised": (2600, 12, 8), "decoder": (900, 8, 12)}
 
 
 class MelLoss(nn.Module):

@@ -19,6 +19,7 @@ from .sentences import Piece
 from .voices import SAMPLE_RATE, Voice
 
 KINDS = ("turn", "pause", "long", "interrupt", "silent")
+STATES = ("quiet", "speaking", "to pause", "pause", "to invite", "invite", "to end", "end")
 NOISE_LEVELS = tuple(10**exponent for exponent in (-3.6, -3.4, -3.2, -3.0, -2.8))  # root mean square
 
 
@@ -30,6 +31,11 @@ class Spoken:
     voice: Voice
     pieces: tuple[Piece, ...]
     audio: tuple[np.ndarray, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of speech, without the pauses inside."""
+        return sum(map(len, self.audio)) / SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,26 @@ class Track:
     cues: list[Cue] = field(default_factory=list)
     utterances: list[tuple[float, float]] = field(default_factory=list)
     words: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def states(self, frames: int, frame: float, before: float = 0.24) -> np.ndarray:
+        """What the user is doing in each of `frames` frames of `frame` seconds: an index into `STATES`.
+
+        The last `before` seconds of speech in front of a cue already count as leading to it: its words have been said.
+        """
+        out = np.zeros(frames, np.int64)
+
+        def mark(start: float, end: float, state: str) -> None:
+            out[max(0, round(start / frame)) : max(0, round(end / frame))] = STATES.index(state)
+
+        for begin, end in self.utterances:
+            mark(begin, end, "speaking")
+        for cue in self.cues:
+            if cue.kind == "start":
+                continue
+            after = [c.start for c in self.cues if c.kind == "start" and c.start > cue.start]
+            mark(cue.start - before, cue.start, f"to {cue.kind}")
+            mark(cue.start, cue.end if cue.kind != "end" else min(after, default=frames * frame), cue.kind)
+        return out
 
     def moved(self, by: float) -> Track:
         """The cues and utterances `by` seconds later, without audio."""
@@ -172,14 +198,14 @@ class Looseness:
 
     pause_takeover: float = 0.40
     invite_takeover: float = 0.13
-    invite_backchannel: float = 0.62
+    invite_backchannel: float = 0.55
     stray_backchannel: float = 0.05  # per utterance, anywhere in it
-    answer: float = 0.84
+    answer: float = 0.82
     answer_delay: tuple[float, float, float] = (0.15, 2.0, 0.45)  # shortest, and shape and scale of a gamma beyond
     interrupt_answer: float = 0.98
-    interrupt_delay: tuple[float, float, float] = (0.4, 2.2, 0.55)
+    interrupt_delay: tuple[float, float, float] = (0.2, 2.2, 0.5)
     answer_after_takeover: float = 0.5
-    yields: float = 0.25
+    yields: float = 0.6
 
 
 def behave_loosely(
@@ -205,7 +231,7 @@ def behave_loosely(
             if draw < loose.invite_takeover:
                 _add(lines, agent, cue.start + rng.uniform(0.2, 0.9), _reply(rng), rng)
             elif draw < loose.invite_takeover + loose.invite_backchannel:
-                _add(lines, agent, cue.start + rng.uniform(0.05, 1.4), _backchannel(rng), rng)
+                _add(lines, agent, cue.start + rng.uniform(0.05, 1.1), _backchannel(rng), rng)
         elif cue.kind == "end":
             chance = loose.interrupt_answer if barged else loose.answer
             talked_over = free > cue.start - 1.5 and len(lines[-1].texts[0]) > 8

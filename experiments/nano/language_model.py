@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from moshi.models import LMModel, MimiModel
 from moshi.models.lm_utils import _delay_sequence
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .codec import BINS, CODEBOOKS, FRAME_SIZE, SAMPLE_RATE
-from .dialogues import NOISE_LEVELS, AgentVoice, Line, Looseness, Track, behave_loosely, room_noise
+from .dialogues import NOISE_LEVELS, STATES, AgentVoice, Line, Looseness, Track, behave_loosely, room_noise
 from .tokenizer import EPAD, PAD, PIECES
 from .voices import word_times
 
@@ -153,10 +153,14 @@ def agent_streams(
 
 
 def loss_of(
-    model: LMModel, codes: Tensor, weight: Tensor, pad_weight: float, first_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropies of codes [B, 17, T]: the sum that is trained, and the text's and the audio's own.
+    model: LMModel, listener: nn.Linear, codes: Tensor, states: Tensor, weight: Tensor, pad_weight: float,
+    first_weight: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Cross-entropies of codes [B, 17, T]: the sum that is trained, then those of text, audio and user state.
 
+    listener: reads the user's state [B, T] (see `STATES`) from the temporal transformer's output. It is not shipped:
+    it sees to it that the model knows a pause from an end however loosely it acts on that, as a model of Moshi's size
+    does from its data alone.
     weight: [B, T], of the audio in each frame. This is `LMModel.forward` with the depth transformer run only on frames
     of positive weight: in two thirds of all frames the agent is silent, and those are all alike.
     """
@@ -167,6 +171,7 @@ def loss_of(
     text_weight = torch.where(text == PAD, pad_weight, 1.0)
     text_loss = F.cross_entropy(text_logits[:, 0].transpose(1, 2), text, reduction="none")
     text_loss = (text_loss * text_weight).sum() / text_weight.sum()
+    state_loss = F.cross_entropy(listener(hidden).transpose(1, 2), states)
     row, frame = weight.nonzero(as_tuple=True)
     target = delayed[row, :, frame + 1].T[None]  # [1, 17, selected]: what the depth transformer writes in that step
     logits = model.forward_depformer_training(target, hidden[row, frame][None])
@@ -176,7 +181,8 @@ def loss_of(
     share = weight[row, frame].expand(1, CODEBOOKS, -1).clone()
     share[:, 0] *= first_weight
     audio_loss = (audio_loss * share).sum() / share.sum()
-    return text_loss + audio_loss, text_loss.detach(), audio_loss.detach()
+    total = text_loss + audio_loss + 0.5 * state_loss
+    return total, text_loss.detach(), audio_loss.detach(), state_loss.detach()
 
 
 def train(
@@ -193,11 +199,14 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = LMModel(**CONFIG)
+    listener = nn.Linear(CONFIG["dim"], len(STATES))
     if weights is not None:
         model.load_state_dict(load_file(weights))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
+    optimiser = torch.optim.AdamW(
+        [*model.parameters(), *listener.parameters()], lr=rate, betas=(0.9, 0.95), weight_decay=0.02
+    )
     began = time.time()
-    sums = np.zeros(2)
+    sums = np.zeros(3)
     order = np.empty(0, np.int64)
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -205,25 +214,27 @@ def train(
         if len(order) < batch:
             order = rng.permutation(len(users))
         chosen, order = order[:batch], order[batch:]
-        rows, weights = [], []
+        rows, weights, states = [], [], []
         for i in chosen:
             user, track = room.place(users[i], int(rng.integers(-11, 22)), frames, rng)
             lines = behave_loosely(track, agent, rng, loose)
             streams = agent_streams(lines, agent, agent_codes, frames, word_ids)
             rows.append(np.concatenate([streams, user.astype(np.int64)]))
             weights.append(audio_weight(lines, frames, rng))
+            states.append(track.states(frames, FRAME))
         codes, weight = torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(weights))
-        loss, text_loss, audio_loss = loss_of(model, codes, weight, pad_weight, first_weight)
+        heard = torch.from_numpy(np.stack(states))
+        loss, *parts = loss_of(model, listener, codes, heard, weight, pad_weight, first_weight)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        sums += [text_loss.item(), audio_loss.item()]
+        sums += [part.item() for part in parts]
         if step % 50 == 0:
-            text_mean, audio_mean = sums / 50
+            text, audio, state = sums / 50
             sums[:] = 0
-            print(f"{time.time() - began:6.0f} s  lm {step}/{steps}  text {text_mean:.3f}  audio {audio_mean:.3f}",
-                  flush=True)  # fmt: skip
+            print(f"{time.time() - began:6.0f} s  lm {step}/{steps}  text {text:.3f}  audio {audio:.3f}  "
+                  f"state {state:.3f}", flush=True)  # fmt: skip
         if step % save_every == 0:
             save(model, out)
     save(model, out)

@@ -8,8 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
-import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +33,8 @@ START = 0.5  # seconds of recording before the user's first word
 # Scored seconds after the user's last word. An answer that begins after the user's end cannot last a second in either
 # and so is never a takeover; on the backchannel axis it would count as a short interval, hence hardly any tail.
 TAIL = {"pause": 0.8, "long": 0.2}
+SHORTEST = 3.0  # seconds of an utterance on the interruption axis
+BIT_RATE = 14_000  # of both channels together
 
 
 def write_bundle(folder: Path, lm: Path, mimi: Path, tokenizer: Path, card: str) -> None:
@@ -101,14 +103,12 @@ def segment(identity: str, name: str, track: Track, lines: list[Line], agent: Ag
 def write_recordings(
     folder: Path, bank: list[Spoken], agent: AgentVoice, per_axis: int, seed: int, prefix: str
 ) -> None:
-    """Ogg/Vorbis recordings with sidecars, `data.jsonl` and `segments.jsonl`; every utterance of the bank once at most.
-
-    Not Opus: at the rates that would fit, libsndfile's encoder folds the two channels into one.
-    """
+    """Ogg/Opus recordings with sidecars, `data.jsonl`, `segments.jsonl`; each utterance of the bank once at most."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     pools = {kind: [s for s in bank if s.kind == kind] for kind in AXIS_OF}
-    openers = list(pools["turn"][per_axis:])  # first utterances of the barge-ins
+    # First utterances of the barge-ins: short ones, for these are the longest segments.
+    openers = sorted((s for s in pools["turn"][per_axis:] if s.seconds >= SHORTEST), key=lambda s: s.seconds)
     segments, recordings = [], []
     for kind, pool in pools.items():
         for spoken in pool[:per_axis]:
@@ -120,9 +120,7 @@ def write_recordings(
             track, lines, audio = recording(kind, utterances, agent, rng)
             number = len(segments)
             name = f"{number:04d}.ogg"
-            soundfile.write(
-                folder / name, audio, codec.SAMPLE_RATE, format="OGG", subtype="VORBIS", compression_level=1.0
-            )
+            write_opus(folder / name, audio)
             info = segment(f"{prefix}-{number:04d}", name, track, lines, agent)
             tags = {"agent": "SPEAKER_MAIN", "user": "SPEAKER_USER"}
             alignments = [[w, t, tags[who]] for w, t, who in info["transcript"]]
@@ -131,6 +129,30 @@ def write_recordings(
             recordings.append({"path": name, "duration": round(len(audio) / codec.SAMPLE_RATE, 3)})
     for name, rows in (("segments.jsonl", segments), ("data.jsonl", recordings)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_opus(path: Path, audio: np.ndarray) -> None:
+    """Write audio [N, 2] at 8 kHz as Ogg/Opus of two channels that know nothing of each other.
+
+    Through PyAV for the sake of mapping family 255: libsndfile writes family 0, whose encoder folds two hard-panned
+    channels into one at such rates. libsndfile reads both.
+    """
+    container = av.open(str(path), "w", format="ogg")
+    options = {"mapping_family": "255", "application": "voip", "frame_duration": "60", "compression_level": "10"}
+    stream = container.add_stream("libopus", rate=48000, options=options)
+    stream.bit_rate, stream.layout = BIT_RATE, "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio.T, np.float32), format="fltp", layout="stereo")
+    frame.sample_rate = codec.SAMPLE_RATE
+    resampler = av.AudioResampler(format=stream.format.name, layout="stereo", rate=48000)
+    fifo = av.AudioFifo()
+    for part in [*resampler.resample(frame), *resampler.resample(None)]:
+        part.pts = None
+        fifo.write(part)
+    while (part := fifo.read(stream.codec_context.frame_size or 2880, partial=True)) is not None:
+        part.pts = None
+        container.mux(stream.encode(part))
+    container.mux(stream.encode(None))
+    container.close()
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -53,6 +53,7 @@ CLOSINGS = (
 )  # fmt: skip
 FILLERS = ("and um,", "but um,", "so um,", "because um,", "and uh,", "but uh,")
 INVITATIONS = ("you know,", "you see,", "right,")
+QUESTIONS = ("what about", "I meant", "I only mean", "let us talk about", "I forgot about", "first tell me about")
 INTERRUPTIONS = ("wait, sorry,", "no, hold on,", "sorry, one moment,", "hang on, please,")
 
 BACKCHANNELS = ("mm-hm", "yeah", "right", "okay")
@@ -103,7 +104,7 @@ def _compose(kind: str, rng: np.random.Generator) -> tuple[Piece, ...]:
     if kind == "turn":
         return (Piece(f"{opening}, {closing}", "end"),)
     if kind == "interrupt":
-        return (Piece(f"{pick(INTERRUPTIONS)} {opening}, {closing}", "end"),)
+        return (Piece(f"{pick(INTERRUPTIONS)} {pick(QUESTIONS)} {pick(OBJECTS)}, {closing}", "end"),)
     if kind == "pause":
         pieces = [Piece(f"{opening}, {pick(FILLERS)}", "pause")]
         if rng.random() < 0.2:

@@ -16,12 +16,13 @@ from scipy.spatial.distance import jensenshannon
 
 from envs.episode import Episode
 from envs.errors import InputError
-from envs.segments import SEGMENT_AXES
+from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from envs.utterances import utterances
 from rewards.axis import Score
 from rewards.timing import ROUNDING_SECONDS, agent_units, longer
 from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval, paired_difference, segment_means
+from rlhf_duplex.evaluation.words import spoken_vocabulary, word_metrics
 
 TAKEOVER_SECONDS = 1.0
 JSD_BIN_SECONDS = 0.2
@@ -39,6 +40,9 @@ DIRECTION: dict[tuple[str, str], int] = {
     ("backchannel", "jsd"): -1,
     ("user_interruption", "takeover_rate"): 1,
     ("user_interruption", "latency"): -1,
+    ("words", "known"): 1,
+    ("words", "known_pairs"): 1,
+    ("words", "repeated_4grams"): -1,
 }
 
 # By axis and metric, the value of each segment.
@@ -121,13 +125,19 @@ _METRICS = {
 }
 
 
-def segment_values(episodes: Sequence[Episode], scores: Sequence[Mapping[str, Score | None]]) -> SegmentValues:
+def segment_values(
+    episodes: Sequence[Episode], scores: Sequence[Mapping[str, Score | None]], recorded: Sequence[Segment] = ()
+) -> SegmentValues:
     """By axis and metric, the mean over each segment's episodes.
+
+    `words` is a row of its own, over all segments (`evaluation.words`); `recorded` are segments whose agents' words
+    are held to be words.
 
     `reward` is the axis' own score; a reward axis that is not an axis of segments (`content`, one of the user's own)
     has a row of its own, over all segments that it scored.
     """
     rows: dict[str, dict[str, tuple[list[float], list[str]]]] = {}
+    vocabulary, pairs = spoken_vocabulary(recorded)
     for episode, row in zip(episodes, scores, strict=True):
         axis = episode.segment.axis
         values = dict(episode_metrics(episode))
@@ -137,6 +147,7 @@ def segment_values(episodes: Sequence[Episode], scores: Sequence[Mapping[str, Sc
             if axis == "backchannel":
                 values["f1"] = own.value  # the reward of this axis is the F1
         columns = {(axis, metric): value for metric, value in values.items()}
+        columns |= {("words", name): value for name, value in word_metrics(episode, vocabulary, pairs).items()}
         columns |= {(name, "reward"): s.value for name, s in row.items() if s is not None and name not in SEGMENT_AXES}
         for (name, metric), value in columns.items():
             found, segments = rows.setdefault(name, {}).setdefault(metric, ([], []))
