@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,15 @@ def _first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
 def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
     path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
     segments = read_manifest(path)
-    for segment in segments:
-        # Reads what the header cannot tell: truncated files, NaN samples.
-        rate, _, _ = audio_info(segment.recording)
-        read_audio(segment.recording, segment.user_channel, rate, segment.start, segment.end)
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+        list(pool.map(_check_audio, segments))
     return complete_events(segments, detector)
+
+
+def _check_audio(segment: Segment) -> None:
+    """Read what the header cannot tell: truncated files, NaN samples."""
+    rate, _, _ = audio_info(segment.recording)
+    read_audio(segment.recording, segment.user_channel, rate, segment.start, segment.end)
 
 
 def prepare_run_dir(config: Config) -> Path:

@@ -16,8 +16,8 @@ def _segment(*words: tuple[str, str]) -> Segment:
 def _episode(text: str) -> Episode:
     silence = np.zeros(16000, np.float32)
     return Episode(
-        segment=_segment(), user_audio=silence, agent_audio=silence, sample_rate=8000, user_speech=(), agent_speech=(), duration=2.0,
-        scored_from=0.0, text=text,
+        segment=_segment(), user_audio=silence, agent_audio=silence, sample_rate=8000, user_speech=(), agent_speech=(),
+        duration=2.0, scored_from=0.0, text=text,
     )  # fmt: skip
 
 
