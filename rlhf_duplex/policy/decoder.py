@@ -133,7 +133,7 @@ def _products(taps: dict[int, torch.Tensor], bias: torch.Tensor, group: int) -> 
 
 
 def _transposed(module: StreamingConvTranspose1d) -> Layer:
-    """A transposed convolution whose kernel is twice its stride: an output step is of two input steps, now and before."""
+    """A transposed convolution whose kernel is twice its stride: an output step comes of two input steps."""
     inner = module.convtr.convtr
     stride, kernel = inner.stride[0], inner.kernel_size[0]
     plain = isinstance(inner, nn.ConvTranspose1d) and not hasattr(inner, "parametrizations")
