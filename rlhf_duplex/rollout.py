@@ -78,7 +78,7 @@ def _play(
 ) -> list[Episode]:
     observation, infos = env.reset(options={"segments": segments, "context": contexts})
     frames = infos["frames"]
-    policy.begin(seeds, int(frames.max()))
+    policy.begin(seeds, frames.tolist())
     try:
         ended = np.zeros(len(segments), dtype=bool)
         while not ended.all():

@@ -2,13 +2,14 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
-CPU_DECODE_BATCH = 2
+from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError
 
 
 def agent_codebooks(n_q: int, dep_q: int) -> int:
@@ -30,6 +31,10 @@ class MimiCodec:
         self.audio_cardinality = lm.card
         self.text_cardinality = lm.text_card
         self.device = next(mimi.parameters()).device
+        self._decoder: SeanetDecoder | None = None
+        if self.device.type == "cpu":
+            with suppress(UnknownLayerError):  # then it is Mimi's own, slower
+                self._decoder = SeanetDecoder(mimi)
         # Not words: the two paddings, and every special piece of the tokenizer.
         self._silent = {lm.text_padding_token_id, lm.end_of_text_padding_id, lm.text_card, -1}
 
@@ -43,15 +48,20 @@ class MimiCodec:
         """Agent codes `(B, agent_codebooks, T)` to audio `(B, T * frame_samples)`."""
         if self.device.type != "cpu":
             return self.mimi.decode(codes.to(self.device))[:, 0]
-        # On a CPU a few at a time, so that the activations at audio rate stay in its cache (twice as fast), and the
-        # parts side by side on its cores: outside streaming mode Mimi keeps no state.
-        parts = codes.split(CPU_DECODE_BATCH)
+        # On a CPU one dialogue at a time, so that what is between two layers stays in a core's cache, and dialogues
+        # side by side on its cores: outside streaming mode Mimi keeps no state.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return torch.cat(list(pool.map(self._decode_part, parts)))
+            return torch.stack(list(pool.map(self._decode_one, codes)))
 
     @torch.no_grad()
-    def _decode_part(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.mimi.decode(codes)[:, 0]
+    def _decode_one(self, codes: torch.Tensor) -> torch.Tensor:
+        mimi = self.mimi
+        if self._decoder is None:
+            return mimi.decode(codes[None])[0, 0]
+        latent = mimi._to_encoder_framerate(mimi.decode_latent(codes[None]))
+        if mimi.decoder_transformer is not None:
+            (latent,) = mimi.decoder_transformer(latent)
+        return self._decoder(latent[0])
 
     def decode_text(self, tokens: list[int]) -> str:
         """Words of a text stream, paddings and special pieces left out."""

@@ -6,7 +6,6 @@ depth transformer's codes come out, and what is complete by then (frame n - max_
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from moshi.models.lm_utils import _delay_sequence
 
 from envs.errors import InputError
 from rlhf_duplex.policy.codec import agent_codebooks
+from rlhf_duplex.policy.frame import FrameStep
 from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
 
 
@@ -22,10 +22,12 @@ from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, unifor
 class _Stream:
     """What lasts from frame to frame of a batch of dialogues."""
 
+    step: FrameStep
+    going: list[int]  # at each frame, how many rows are computed
     grid: torch.Tensor  # (K, positions, B) tokens by the position at which they are model input
+    nothing: torch.Tensor  # (1 + agent_codebooks,) the action before anything is complete
     noise: torch.Tensor  # (T, 1 + depth steps, B)
     log_probs: torch.Tensor  # (T, B)
-    exit_stack: ExitStack
     frame: int = 0
 
 
@@ -69,39 +71,40 @@ class MoshiPolicy:
     def device(self) -> torch.device:
         return self.lm.device
 
-    def begin(self, seeds: Sequence[int], frames: int) -> None:
-        """Start B = len(seeds) dialogues of at most `frames` frames, with fresh caches.
+    @torch.no_grad()
+    def begin(self, seeds: Sequence[int], frames: int | Sequence[int]) -> None:
+        """Start B = len(seeds) dialogues with fresh caches, which hold as many positions as the longest has frames.
 
-        The key-value cache holds `frames` positions instead of the model's whole context (3,000 for the 7B): the
-        attention is the same, and reads only what there is.
+        Args:
+            seeds: of each dialogue.
+            frames: how many each dialogue will have, or one number for all. A dialogue that has ended, and all after
+                it have too, costs nothing more: put long ones first.
         """
         self.end()
         lm, batch = self.lm, len(seeds)
         if lm.training:
             lm.eval()
-        stack = ExitStack()
-        layers = [layer.self_attn for layer in lm.transformer.layers]
-        for layer in layers:
-            stack.callback(setattr, layer, "context", layer.context)
-            layer.context = min(layer.context or frames, frames)
-        stack.enter_context(lm.streaming(batch))
+        lengths = [frames] * batch if isinstance(frames, int) else list(frames)
+        longest = max(lengths)
+        # Dialogues that go on at each frame: up to the last one that does.
+        going = [1 + max(row for row in range(batch) if lengths[row] > frame) for frame in range(longest)]
         streams = 1 + lm.n_q
-        grid = torch.full((streams, frames + self.max_delay + 1, batch), lm.zero_token_id, device=self.device)
+        grid = torch.full((streams, longest + self.max_delay + 1, batch), lm.zero_token_id, device=self.device)
         initial = lm._get_initial_token()[0, :, 0]
         for stream, delay in enumerate(lm.delays):
-            grid[stream, : delay + 1] = initial[stream]
+            grid[stream, : delay + 1] = initial[stream, None, None]
         self._stream = _Stream(
+            FrameStep(lm, batch, longest),
+            going,
             grid,
-            uniforms(list(seeds), frames, 1 + self.agent_codebooks, self.device),
-            torch.zeros(frames, batch, device=self.device),
-            stack,
+            initial[self._agent],
+            uniforms(list(seeds), longest, 1 + self.agent_codebooks, self.device),
+            torch.zeros(longest, batch, device=self.device),
         )
 
     def end(self) -> None:
-        """Leave streaming mode and free the caches."""
-        if self._stream is not None:
-            self._stream.exit_stack.close()
-            self._stream = None
+        """Free the caches."""
+        self._stream = None
 
     @torch.no_grad()
     def act(self, user_codes: torch.Tensor) -> torch.Tensor:
@@ -112,46 +115,50 @@ class MoshiPolicy:
 
         Returns:
             `(B, 1 + agent_codebooks)`: text token and audio codes that are heard in this frame; in the first
-            `max_delay` frames nothing is complete yet, and the values are the model's initial tokens.
+            `max_delay` frames nothing is complete yet, and the values are the model's initial tokens, as they are
+            for a dialogue that has ended.
 
         Raises:
             RuntimeError: `begin` was not called, or the frames that it was told of are used up.
         """
-        stream, lm = self._stream, self.lm
+        stream = self._stream
         if stream is None:
             raise RuntimeError("the policy is not in a dialogue: call begin first")
         frame, grid = stream.frame, stream.grid
         if frame >= len(stream.noise):
             raise RuntimeError(f"the dialogue was begun for {len(stream.noise)} frames, which are used up")
+        count = stream.going[frame]
         if frame > 0:  # the first user frame is never model input: the initial tokens are, as in LMGen
-            grid[self._user, frame + self._delays[self._user]] = user_codes.T
-        hidden, text_logits = lm.forward_text(grid[:, frame].T[..., None])
-        logits = text_logits[:, 0, 0]
-        noise = stream.noise[frame]
+            grid[self._user, frame + self._delays[self._user], :count] = user_codes[:count].T
+        hidden, logits = stream.step.text(grid[:, frame, :count], frame)
+        noise = stream.noise[frame, :, :count]
         text = draw(logits, noise[0], self.sampling.text_temperature, self.sampling.text_top_k)
         distribution = log_distribution(logits, self.sampling.text_temperature, self.sampling.text_top_k)
-        stream.log_probs[frame] = distribution.gather(-1, text[:, None])[:, 0]
-        tokens = torch.cat([text[None], self._draw_audio(text, hidden, noise[1:])])
+        stream.log_probs[frame, :count] = distribution.gather(-1, text[:, None])[:, 0]
+        tokens = torch.stack([text, *self._draw_audio(stream.step, text, hidden, noise[1:])])
         # A stream delayed by d frames is preceded by d + 1 initial tokens: what is drawn there is dropped.
         drawn = self._agent if frame >= self.max_delay else self._agent[self._delays[self._agent] <= frame]
-        grid[drawn, frame + 1] = tokens[drawn]
+        grid[drawn, frame + 1, :count] = tokens[drawn]
         stream.frame = frame + 1
         heard = frame + 1 - self.max_delay
-        positions = heard + self._delays[self._agent] if heard > 0 else torch.zeros_like(self._agent)
-        return grid[self._agent, positions].T
+        if heard <= 0:
+            return stream.nothing.expand(grid.shape[2], -1)
+        actions = grid[self._agent, heard + self._delays[self._agent]].T
+        return torch.where(actions < 0, stream.nothing, actions)  # dialogues that have ended
 
-    def _draw_audio(self, text: torch.Tensor, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The agent's codes `(agent_codebooks, B)` of one step, codebook by codebook.
+    def _draw_audio(
+        self, step: FrameStep, text: torch.Tensor, hidden: torch.Tensor, noise: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The agent's codes, `agent_codebooks` times `(n,)`, of one frame, codebook by codebook.
 
         A model that predicts the user's streams too (PersonaPlex) is stopped after the agent's.
         """
-        lm, codes, previous = self.lm, [], text
-        with lm.depformer.streaming(len(text)):
-            for step in range(self.agent_codebooks):
-                logits = lm.forward_depformer(step, previous[:, None, None], hidden)[:, 0, 0]
-                previous = draw(logits, noise[step], self.sampling.audio_temperature, self.sampling.audio_top_k)
-                codes.append(previous)
-        return torch.stack(codes)
+        projected, codes, previous = step.project(hidden), [], text
+        for codebook in range(self.agent_codebooks):
+            logits = step.audio(codebook, previous, projected)
+            previous = draw(logits, noise[codebook], self.sampling.audio_temperature, self.sampling.audio_top_k)
+            codes.append(previous)
+        return codes
 
     def trajectory(self) -> Trajectory:
         """What was done so far in the dialogues that are under way."""

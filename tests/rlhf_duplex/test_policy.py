@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from envs.errors import InputError
 from rlhf_duplex.policy.moshi import MoshiPolicy
-from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
+from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution
 
 MOSHI_ASSET = Path(__file__).parents[2].parent / "shared" / "data" / "moshi_lm"
 GREEDY = Sampling(text_temperature=0.0, audio_temperature=0.0)
@@ -156,23 +156,72 @@ def test_text_logits_against_moshis_own_asset():
     assert torch.allclose(ours[mask], expected["text_logits"][:, 0][mask], atol=1e-5)
 
 
-def test_cache_of_the_episodes_length_changes_nothing():
-    # A model that attends over 64 frames, played for 20: the cache of 20 and that of 64 give the same.
-    model = small_model([0, 0, 1, 0, 1], 2)
-    codes = user_codes(model, 2, 2, 20)
-    short, _ = act_all(MoshiPolicy(model, Sampling()), codes)
-    policy = MoshiPolicy(model, Sampling())
-    policy.begin([0, 1], 20)
-    assert model.transformer.layers[0].self_attn.context == 20
+def unbounded_greedy(model, codes):
+    """Tokens and text log-probabilities of stock LMGen, whose cache holds the model's whole context."""
+    logits = []
+    generator = LMGen(model, use_sampling=False, on_text_logits_hook=lambda x: logits.append(x[:, 0, 0].float()))
+    tokens = []
+    with torch.no_grad(), generator.streaming(codes.shape[0]):
+        capacity = model.transformer.layers[0].self_attn._streaming_state.kv_cache.capacity
+        for t in range(codes.shape[-1]):
+            tokens.append(generator.step(codes[:, :, t : t + 1]))
+    model.set_streaming_detached(False)
+    return tokens, torch.stack(logits, dim=1).log_softmax(-1), capacity
+
+
+def test_a_cache_of_the_episodes_length_equals_an_unbounded_one(nano):
+    frames = 60
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, 3, frames)
+    tokens, expected, capacity = unbounded_greedy(nano.lm, codes)
+    assert capacity == nano.lm.context > frames  # stock attends over more than there is
+    policy = MoshiPolicy(nano.lm, GREEDY)
+    actions, trajectory = act_all(policy, codes)
+    delay = policy.max_delay
+    assert all(torch.equal(actions[:, t], tokens[t][:, :, 0]) for t in range(delay, frames))
+    text = trajectory.codes[:, 0]
+    difference = trajectory.log_probs - expected.gather(-1, text[..., None])[..., 0]
+    assert difference.abs().max() < 1e-4
+    policy.begin([0, 1, 2], frames)
+    assert policy._stream.step.temporal._layers[0]._cache.shape[3] == frames
     policy.end()
-    assert model.transformer.layers[0].self_attn.context == 64
-    # The same dialogue as the beginning of a longer one, with a longer cache.
-    policy.begin([0, 1], 60)
-    noise = uniforms([0, 1], 20, 3, model.device)
-    policy._stream.noise[:20] = noise
-    long = torch.stack([policy.act(codes[:, :, t]) for t in range(20)], dim=1)
+
+
+def test_dialogues_that_end_change_nothing_for_the_others_and_are_not_computed(nano):
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, 4, 30)
+    policy = MoshiPolicy(nano.lm, Sampling())
+    together, whole = act_all(policy, codes, [7, 8, 9, 10])
+    lengths = [30, 12, 20, 5]
+    policy.begin([7, 8, 9, 10], lengths)
+    actions = torch.stack([policy.act(codes[:, :, t]) for t in range(30)], dim=1)
+    trajectory = policy.trajectory()
+    computed = policy._stream.going
     policy.end()
-    assert torch.equal(short, long)
+    # The second row goes along while the third, which stands after it, still has frames.
+    assert computed == [4] * 5 + [3] * 15 + [1] * 10
+    for row, length in enumerate(lengths):
+        assert torch.equal(actions[row, :length], together[row, :length])
+        assert torch.equal(trajectory.codes[row, 0, :length], whole.codes[row, 0, :length])
+        assert torch.allclose(trajectory.log_probs[row, :length], whole.log_probs[row, :length], atol=1e-5)
+    assert (actions[3, 8:, 0] == nano.lm.text_card).all()
+    assert (actions[3, 8:, 1:] == nano.lm.card).all()
+    assert (trajectory.codes[3, :, 8:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "layer_norm", "gating": "none", "positional_embedding": "sin", "layer_scale": 0.3},
+        {"positional_embedding": "rope_concat", "kv_repeat": 2, "norm": "rms_norm"},
+        {"depformer_multi_linear": False, "depformer_pos_emb": "sin", "depformer_norm": "layer_norm"},
+        {"depformer_weights_per_step_schedule": [0, 1, 1], "depformer_low_rank_embeddings": 8, "norm_emb": True},
+    ],
+)
+def test_every_kind_of_layer_acts_as_stock_lmgen(changes):
+    model = small_model([0, 0, 1, 1, 0, 1, 1], 3, **changes)
+    codes = user_codes(model, 3, batch=3, frames=15)
+    expected = stock_greedy(model, codes)
+    actions, _ = act_all(MoshiPolicy(model, GREEDY), codes)
+    assert all(torch.equal(actions[:, t], expected[t][:, :, 0]) for t in range(1, 15))
 
 
 def test_a_context_shorter_than_the_episode_is_kept():
