@@ -21,8 +21,6 @@ KINDS = ("turn", "pause", "long", "interrupt")
 TRAIN_UTTERANCES = 350  # of each kind
 HELD_OUT_UTTERANCES = {"turn": 140, "pause": 70, "long": 70, "interrupt": 70}
 SEGMENTS = (26, 50)  # an axis, in the shipped train and held-out parts
-LM_STEPS = 900
-LM_BATCH = 12
 PACKAGE = Path(__file__).resolve().parents[2] / "rlhf_duplex"
 
 
@@ -50,8 +48,8 @@ def make_tokenizer(work: Path) -> None:
     tokenizer.train(work / "tokenizer.model")
 
 
-def make_language_model(work: Path) -> None:
-    """Encode the training tracks once and train the LM on them."""
+def make_language_model(work: Path, begin: int) -> None:
+    """Encode the training tracks once and train the LM on them, from its stage `begin` on."""
     train, _, agent = _speech(work)
     mimi = codec.load(work / "codec.safetensors")
     users = language_model.encode_users(mimi, _tracks(train))
@@ -66,7 +64,7 @@ def make_language_model(work: Path) -> None:
     pieces = tokenizer.load(work / "tokenizer.model")
     words = {word for text in agent.audio for word, _, _ in voices.word_times(text, 0.0, 1.0)}
     word_ids = {word: pieces.encode(word)[0] for word in sorted(words)}
-    language_model.train(users, room, agent, codes, word_ids, work / "lm.safetensors", LM_STEPS, LM_BATCH)
+    language_model.train(users, room, agent, codes, word_ids, work / "lm.safetensors", begin=begin)
 
 
 def make_bundle(work: Path, bundle: Path) -> None:
@@ -89,6 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/nano_recipe"), help="the stages' results")
     parser.add_argument("--bundle", type=Path, default=PACKAGE / "nano")
     parser.add_argument("--data", type=Path, default=PACKAGE / "nano_data")
+    parser.add_argument("--lm-stage", type=int, default=1, help="of the LM's training, to begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     work = arguments.work
@@ -100,7 +99,7 @@ def main() -> None:
         "speech": lambda: make_speech(work),
         "codec": lambda: make_codec(work),
         "tokenizer": lambda: make_tokenizer(work),
-        "lm": lambda: make_language_model(work),
+        "lm": lambda: make_language_model(work, arguments.lm_stage),
         "bundle": lambda: make_bundle(work, arguments.bundle),
         "data": lambda: make_data(work, arguments.data),
     }
@@ -129,7 +128,8 @@ def _tracks(train: list[Spoken], seed: int = 5) -> list[tuple[Track, bool, int]]
     for spoken in train:
         utterances = [spoken]
         if spoken.kind == "interrupt":
-            same = [turn for turn in turns if turn.voice == spoken.voice]
+            same = sorted((turn for turn in turns if turn.voice == spoken.voice), key=lambda turn: turn.seconds)
+            same = same[: len(same) // 2 + 1]  # the short ones, as in the recordings
             utterances.insert(0, same[int(rng.integers(len(same)))])
         quiet, level = bool(rng.random() < 0.6), int(rng.integers(len(NOISE_LEVELS)))
         lead = 1.0 + rng.uniform(0, 0.16)

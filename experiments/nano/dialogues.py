@@ -196,14 +196,14 @@ def behave_well(track: Track, agent: AgentVoice, rng: np.random.Generator) -> li
 class Looseness:
     """How the agent of the training dialogues errs: probabilities per cue, delays in seconds."""
 
-    pause_takeover: float = 0.40
-    invite_takeover: float = 0.13
-    invite_backchannel: float = 0.55
+    pause_takeover: float = 0.22
+    invite_takeover: float = 0.07
+    invite_backchannel: float = 0.5
     stray_backchannel: float = 0.05  # per utterance, anywhere in it
     answer: float = 0.82
     answer_delay: tuple[float, float, float] = (0.15, 2.0, 0.45)  # shortest, and shape and scale of a gamma beyond
     interrupt_answer: float = 0.98
-    interrupt_delay: tuple[float, float, float] = (0.2, 2.2, 0.5)
+    interrupt_delay: tuple[float, float, float] = (0.3, 3.0, 0.33)
     answer_after_takeover: float = 0.5
     yields: float = 0.6
 
@@ -241,6 +241,15 @@ def behave_loosely(
                 to_come = any(c.kind == "start" and c.start > cue.start for c in track.cues)
                 _add(lines, agent, start, _reply(rng, 3 if to_come and rng.random() < 0.8 else 0), rng)
     return sorted(lines, key=lambda line: line.start)
+
+
+def speak_on(agent: AgentVoice, seconds: float, rng: np.random.Generator) -> Line:
+    """The agent alone: one sentence after another, for at least `seconds`."""
+    start = rng.uniform(0.0, 0.6)
+    count = 2
+    while (line := agent.line(start, _reply(rng, count), rng)).end < seconds:
+        count += 1
+    return line
 
 
 def agent_audio(lines: list[Line], agent: AgentVoice, length: float) -> np.ndarray:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .codec import BINS, CODEBOOKS, FRAME_SIZE, SAMPLE_RATE
-from .dialogues import NOISE_LEVELS, STATES, AgentVoice, Line, Looseness, Track, behave_loosely, room_noise
+from .dialogues import NOISE_LEVELS, STATES, AgentVoice, Line, Looseness, Track, behave_loosely, room_noise, speak_on
 from .tokenizer import EPAD, PAD, PIECES
 from .voices import word_times
 
@@ -130,9 +130,14 @@ def encode_agent(mimi: MimiModel, agent: AgentVoice) -> AgentCodes:
 
 
 def agent_streams(
-    lines: list[Line], agent: AgentVoice, codes: AgentCodes, frames: int, word_ids: dict[str, int]
-) -> np.ndarray:
-    """The agent's text and audio streams [1 + 8, frames]: a word's token in its onset frame, EPAD before, else PAD."""
+    lines: list[Line], agent: AgentVoice, codes: AgentCodes, frames: int, word_ids: dict[str, int],
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
+    """The agent's text and audio streams [1 + 8, frames]: a word's token in its onset frame, EPAD before, else PAD.
+
+    Every other word inside a line comes a frame early or late: with exact times the model would learn the clock of
+    each rendition, and lose the sentence as soon as it samples one word off that clock.
+    """
     out = np.empty((1 + CODEBOOKS, frames), np.int64)
     out[0] = PAD
     out[1:] = codes.silence[:, :frames]
@@ -143,8 +148,9 @@ def agent_streams(
             offset = min(OFFSETS - 1, int((start / FRAME - frame) * OFFSETS))
             part = codes.lines[text, variant, offset][:, : max(0, frames - frame)]
             out[1:, frame : frame + part.shape[1]] = part
-            for word, onset, _ in word_times(text, start, end):
-                taken = max(taken + 1, int(onset / FRAME))
+            for index, (word, onset, _) in enumerate(word_times(text, start, end)):
+                off = int(rng.choice((-1, 0, 0, 1))) if index else 0
+                taken = max(taken + 1, int(onset / FRAME) + off)
                 if taken < frames:
                     out[0, taken] = word_ids[word]
                     if taken and out[0, taken - 1] == PAD:
@@ -153,23 +159,32 @@ def agent_streams(
 
 
 def loss_of(
-    model: LMModel, listener: nn.Linear, codes: Tensor, states: Tensor, weight: Tensor, pad_weight: float,
-    first_weight: float,
+    model: LMModel, listener: nn.Linear, codes: Tensor, states: Tensor, weight: Tensor, deaf: Tensor,
+    pad_weight: float, first_weight: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Cross-entropies of codes [B, 17, T]: the sum that is trained, then those of text, audio and user state.
+    """Cross-entropies of codes [B, 17, T]: the sum that is trained, then those of text, words, audio and user state.
 
     listener: reads the user's state [B, T] (see `STATES`) from the temporal transformer's output. It is not shipped:
     it sees to it that the model knows a pause from an end however loosely it acts on that, as a model of Moshi's size
     does from its data alone.
-    weight: [B, T], of the audio in each frame. This is `LMModel.forward` with the depth transformer run only on frames
+    weight: [B, T], of the audio in each frame.
+    deaf: [B], dialogues in which the agent does not hear itself, so that its text must follow from its text: otherwise
+    the next word is read off the agent's own audio, and as soon as that is sampled a little off, the sentence is lost.
+
+    This is `LMModel.forward` with the depth transformer run only on frames
     of positive weight: in two thirds of all frames the agent is silent, and those are all alike.
     """
     initial = model._get_initial_token().expand(len(codes), -1, -1)
     delayed = torch.cat([initial, _delay_sequence(model.delays, codes, initial)], dim=2)
-    hidden, text_logits = model.forward_text(delayed[:, :, :-1])
+    heard = delayed[:, :, :-1].clone()
+    heard[deaf, 1 : 1 + CODEBOOKS] = initial[deaf, 1 : 1 + CODEBOOKS]
+    weight = weight * ~deaf[:, None]
+    hidden, text_logits = model.forward_text(heard)
     text = codes[:, 0]
     text_weight = torch.where(text == PAD, pad_weight, 1.0)
     text_loss = F.cross_entropy(text_logits[:, 0].transpose(1, 2), text, reduction="none")
+    word = (text != PAD) & (text != EPAD)
+    word_loss = text_loss.detach()[word].mean()
     text_loss = (text_loss * text_weight).sum() / text_weight.sum()
     state_loss = F.cross_entropy(listener(hidden).transpose(1, 2), states)
     row, frame = weight.nonzero(as_tuple=True)
@@ -182,63 +197,123 @@ def loss_of(
     share[:, 0] *= first_weight
     audio_loss = (audio_loss * share).sum() / share.sum()
     total = text_loss + audio_loss + 0.5 * state_loss
-    return total, text_loss.detach(), audio_loss.detach(), state_loss.detach()
+    return total, text_loss.detach(), word_loss, audio_loss.detach(), state_loss.detach()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    Attributes:
+        steps: of the optimiser; batch: dialogues a step; frames: of each.
+        rate: learning rate at its highest.
+        deaf: share of dialogues in which the agent does not hear itself.
+        alone: the agent says one sentence after another, to nobody.
+    """
+
+    steps: int
+    batch: int
+    frames: int
+    rate: float
+    deaf: float
+    alone: bool = False
+
+
+# Monologues first: three times as many words a second as in dialogues. The last stage only settles how the agent errs;
+# it can be run again by itself (`--lm-stage 3`) when `Looseness` is changed.
+STAGES = (
+    Stage(1200, 12, 104, 2e-3, 0.5, alone=True),
+    Stage(1300, 12, 184, 2e-3, 0.3),
+    Stage(350, 12, 184, 1e-3, 0.2),
+)
+
+
+class Draws:
+    """Training dialogues, drawn without end."""
+
+    def __init__(
+        self, users: list[UserCodes], room: Room, agent: AgentVoice, codes: AgentCodes, word_ids: dict[str, int],
+        loose: Looseness, rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        self.users, self.room, self.agent, self.codes, self.word_ids = users, room, agent, codes, word_ids
+        self.loose, self.rng = loose, rng
+        self.order = np.empty(0, np.int64)
+
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [B, 17, T], the user's states [B, T] and the weights of the audio loss [B, T]."""
+        if len(self.order) < stage.batch:
+            self.order = self.rng.permutation(len(self.users))
+        chosen, self.order = self.order[: stage.batch], self.order[stage.batch :]
+        drawn = [self._monologue(stage.frames) if stage.alone else self._dialogue(int(i), stage.frames) for i in chosen]
+        rows, states, weights = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+        return rows, states, weights
+
+    def _dialogue(self, index: int, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        latest = 4 if self.users[index].track.kind == "interrupt" else 20  # or its answer would lie outside
+        user, track = self.room.place(self.users[index], int(self.rng.integers(-11, latest)), frames, self.rng)
+        lines = behave_loosely(track, self.agent, self.rng, self.loose)
+        return self._row(user, track, lines, frames)
+
+    def _monologue(self, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        nothing = Track("silent", np.zeros(0, np.float32))
+        empty = np.zeros((CODEBOOKS, 0), np.int16)
+        user = UserCodes(nothing, empty, bool(self.rng.integers(2)), int(self.rng.integers(len(NOISE_LEVELS))))
+        codes, track = self.room.place(user, 0, frames, self.rng)
+        line = speak_on(self.agent, frames * FRAME, self.rng)
+        return self._row(codes, track, [line], frames)
+
+    def _row(
+        self, user: np.ndarray, track: Track, lines: list[Line], frames: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        streams = agent_streams(lines, self.agent, self.codes, frames, self.word_ids, self.rng)
+        row = np.concatenate([streams, user.astype(np.int64)])
+        return row, track.states(frames, FRAME), audio_weight(lines, frames, self.rng)
 
 
 def train(
     users: list[UserCodes], room: Room, agent: AgentVoice, agent_codes: AgentCodes, word_ids: dict[str, int], out: Path,
-    steps: int, batch: int = 16, frames: int = 176, rate: float = 2e-3, pad_weight: float = 0.3,
-    first_weight: float = 4.0, loose: Looseness | None = None, seed: int = 0, save_every: int = 200,
-    weights: Path | None = None,
-) -> LMModel:  # fmt: skip
-    """Train a new model for `steps` steps and write it to `out`.
+    stages: tuple[Stage, ...] = STAGES, pad_weight: float = 0.3, first_weight: float = 4.0,
+    loose: Looseness | None = None, seed: int = 0, begin: int = 1,
+) -> None:  # fmt: skip
+    """Train a new model through the stages and write it to `out`, and to `out` with the stage's number after each.
 
-    Every step draws `batch` user tracks of `frames` frames, each placed anew, and a new agent for each.
-    weights: go on from these.
+    begin: number of the stage to begin with; what the stages before it gave is read. Every stage has a seed and an
+    optimiser of its own, so that a later one can be run again by itself.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     model = LMModel(**CONFIG)
     listener = nn.Linear(CONFIG["dim"], len(STATES))
-    if weights is not None:
-        model.load_state_dict(load_file(weights))
-    optimiser = torch.optim.AdamW(
-        [*model.parameters(), *listener.parameters()], lr=rate, betas=(0.9, 0.95), weight_decay=0.02
-    )
+    whole = nn.ModuleDict({"model": model, "listener": listener})
+    if begin > 1:
+        whole.load_state_dict(load_file(_after(out, begin - 1)))
     began = time.time()
-    sums = np.zeros(3)
-    order = np.empty(0, np.int64)
-    for step in range(1, steps + 1):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimiser.param_groups[0]["lr"] = rate * min(step / 50, 0.03 + 0.97 * cosine)
-        if len(order) < batch:
-            order = rng.permutation(len(users))
-        chosen, order = order[:batch], order[batch:]
-        rows, weights, states = [], [], []
-        for i in chosen:
-            user, track = room.place(users[i], int(rng.integers(-11, 22)), frames, rng)
-            lines = behave_loosely(track, agent, rng, loose)
-            streams = agent_streams(lines, agent, agent_codes, frames, word_ids)
-            rows.append(np.concatenate([streams, user.astype(np.int64)]))
-            weights.append(audio_weight(lines, frames, rng))
-            states.append(track.states(frames, FRAME))
-        codes, weight = torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(weights))
-        heard = torch.from_numpy(np.stack(states))
-        loss, *parts = loss_of(model, listener, codes, heard, weight, pad_weight, first_weight)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        sums += [part.item() for part in parts]
-        if step % 50 == 0:
-            text, audio, state = sums / 50
-            sums[:] = 0
-            print(f"{time.time() - began:6.0f} s  lm {step}/{steps}  text {text:.3f}  audio {audio:.3f}  "
-                  f"state {state:.3f}", flush=True)  # fmt: skip
-        if step % save_every == 0:
-            save(model, out)
+    for number, stage in list(enumerate(stages, 1))[begin - 1 :]:
+        rng = np.random.default_rng((seed, number))
+        draws = Draws(users, room, agent, agent_codes, word_ids, loose or Looseness(), rng)
+        optimiser = torch.optim.AdamW(whole.parameters(), lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.02)
+        sums = np.zeros(4)
+        for step in range(1, stage.steps + 1):
+            cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+            optimiser.param_groups[0]["lr"] = stage.rate * min(step / 50, 0.03 + 0.97 * cosine)
+            codes, states, weight = draws.batch(stage)
+            deaf = torch.from_numpy(rng.random(len(codes)) < stage.deaf)
+            loss, *parts = loss_of(model, listener, codes, states, weight, deaf, pad_weight, first_weight)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+            optimiser.step()
+            sums += [part.item() for part in parts]
+            if step % 50 == 0:
+                names = ("text", "words", "audio", "state")
+                means = "  ".join(f"{name} {value / 50:.3f}" for name, value in zip(names, sums, strict=True))
+                sums[:] = 0
+                print(f"{time.time() - began:6.0f} s  lm {number}: {step}/{stage.steps}  {means}", flush=True)
+        save(whole, _after(out, number))
     save(model, out)
-    return model.eval()
+
+
+def _after(out: Path, number: int) -> Path:
+    return out.with_name(f"{out.stem}.{number}.safetensors")
 
 
 def audio_weight(lines: list[Line], frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -250,7 +325,7 @@ def audio_weight(lines: list[Line], frames: int, rng: np.random.Generator) -> np
     return out
 
 
-def save(model: LMModel, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def save(model: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the weights as safetensors, through a temporary name."""
     temporary = path.with_suffix(".tmp")
     save_file({name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}, temporary)
