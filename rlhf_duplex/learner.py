@@ -5,9 +5,12 @@ Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary.
 
 import copy
 import math
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.rollout import one_core_operations
+
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -139,16 +145,19 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
         index = index[batch.mask[index].float().sum(dim=1).argsort().cpu()]
-        for part in index.split(self.trainer.microbatch):
-            loss, diagnostics = self._loss(batch.rows(part))
-            share = len(part) / len(index)
-            (loss * share).backward()
-            diagnostics = {**diagnostics, "loss": loss.detach()}
+        # The longest first: what is left at the end of the queue is short.
+        parts = index.split(self.trainer.microbatch)[::-1]
+        for part, (gradients, diagnostics) in zip(
+            parts, self._map(lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts), strict=True
+        ):
+            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             for name, value in diagnostics.items():
                 if name.endswith("max"):
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
-                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * share
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * (len(part) / len(index))
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
         wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
@@ -159,6 +168,24 @@ class Learner:
             )
         self.optimiser.step()
         return values
+
+    def _map(self, function: Callable[[torch.Tensor], T], parts: Sequence[torch.Tensor]) -> Iterator[T]:
+        """The function's results in the order of the parts: on a CPU, parts side by side on its cores.
+
+        One core a part keeps its activations in that core's cache, and nothing waits where the machine is shared; the
+        results do not depend on the number of cores.
+        """
+        if self.policy.device.type != "cpu":
+            yield from map(function, parts)
+            return
+        with one_core_operations(self.policy.device), ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from pool.map(function, parts)
+
+    def _gradients(self, batch: Batch, share: float) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        """Of one microbatch, which is this share of its minibatch."""
+        loss, diagnostics = self._loss(batch)
+        gradients = torch.autograd.grad(loss * share, list(self.parameters.values()), allow_unused=True)
+        return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, distribution = self.policy.evaluate_actions(batch.codes)
