@@ -5,23 +5,18 @@ Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary.
 
 import copy
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
 
+from envs.cores import map_on_cores
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.policy.moshi import MoshiPolicy
-from rlhf_duplex.rollout import one_core_operations
-
-T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -147,9 +142,10 @@ class Learner:
         index = index[batch.mask[index].float().sum(dim=1).argsort().cpu()]
         # The longest first: what is left at the end of the queue is short.
         parts = index.split(self.trainer.microbatch)[::-1]
-        for part, (gradients, diagnostics) in zip(
-            parts, self._map(lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts), strict=True
-        ):
+        results = map_on_cores(
+            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts, self.policy.device
+        )
+        for part, (gradients, diagnostics) in zip(parts, results, strict=True):
             for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -168,18 +164,6 @@ class Learner:
             )
         self.optimiser.step()
         return values
-
-    def _map(self, function: Callable[[torch.Tensor], T], parts: Sequence[torch.Tensor]) -> Iterator[T]:
-        """The function's results in the order of the parts: on a CPU, parts side by side on its cores.
-
-        One core a part keeps its activations in that core's cache, and nothing waits where the machine is shared; the
-        results do not depend on the number of cores.
-        """
-        if self.policy.device.type != "cpu":
-            yield from map(function, parts)
-            return
-        with one_core_operations(self.policy.device), ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(function, parts)
 
     def _gradients(self, batch: Batch, share: float) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
         """Of one microbatch, which is this share of its minibatch."""
