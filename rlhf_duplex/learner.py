@@ -116,7 +116,8 @@ class Learner:
             update: its number, from 0 (schedule and order of the minibatches).
 
         Returns:
-            Diagnostics, means over the steps (maxima for `ratio_max`).
+            Diagnostics, means over the steps (maxima for `ratio_max`). `mismatch/ratio_mean`, `mismatch/ratio_max` and
+            `mismatch/kl` (KL of rollout to train policy) are of the first minibatch, before its optimiser step.
 
         Raises:
             NonFiniteError: before the weights are touched by the step that it happens in.
@@ -132,7 +133,11 @@ class Learner:
                 for name, value in self._step(batch, index, update).items():
                     seen[name].append(value)
         joined = {name: max(v) if name.endswith("max") else sum(v) / len(v) for name, v in seen.items()}
+        # Before the first optimiser step the policy is the one that acted: whatever is seen then is the mismatch of
+        # streaming and teacher-forced log-probabilities.
         joined["ratio_first"] = seen["ratio_mean"][0]
+        joined["mismatch/ratio_mean"], joined["mismatch/ratio_max"] = seen["ratio_mean"][0], seen["ratio_max"][0]
+        joined["mismatch/kl"] = seen["approx_kl"][0]
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int) -> dict[str, float]:
