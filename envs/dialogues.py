@@ -14,6 +14,7 @@ import torch
 
 from envs.audio import read_audio
 from envs.codec import Codec
+from envs.cores import map_on_cores
 from envs.episode import Episode
 from envs.errors import InputError
 from envs.frames import frame_at, frames_in, samples_in
@@ -83,9 +84,11 @@ class UserSides:
         missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
         audio = {key: self._audio(segment, key[-1]) for key, segment in missing.items()}
         speech = self.detector.detect(list(audio.values()), self.codec.sample_rate) if audio else []
-        for (key, segment), intervals in zip(missing.items(), speech, strict=True):
-            # One by one: the codes of a segment must not depend on what else is encoded at the same time.
-            codes = self.codec.encode(torch.from_numpy(audio[key])[None])[0]
+        # One by one: the codes of a segment must not depend on what else is encoded at the same time.
+        encoded = map_on_cores(
+            lambda clip: self.codec.encode(torch.from_numpy(clip)[None])[0], audio.values(), self.codec.device
+        )
+        for (key, segment), intervals, codes in zip(missing.items(), speech, encoded, strict=True):
             lead_in = frames_in(self.lead_in, self.codec.frame_rate)
             before = (lead_in + key[-1]) / self.codec.frame_rate
             self._kept[key] = UserSide(segment, audio[key], codes, intervals, before)

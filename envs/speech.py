@@ -12,7 +12,12 @@ import numpy as np
 import torch
 
 from envs.audio import resample
+from envs.cores import map_on_cores
 from envs.errors import InputError
+from envs.silero import SileroNetwork
+
+# Clips that go through Silero's LSTM as one batch; batches go to the cores of a CPU.
+CLIPS_TOGETHER = 16
 
 
 class Interval(NamedTuple):
@@ -57,8 +62,8 @@ class SileroDetector:
     """Silero VAD over a whole batch at once.
 
     The stock package runs one clip, one 32 ms window at a time. Here the windows of all clips go through the
-    convolutions together and through the LSTM as one sequence with a batch dimension; the probabilities are the same
-    (tested), and so is the rule that turns them into intervals, which is the package's own.
+    convolutions together and through the LSTM as one sequence with a batch dimension (`envs.silero`); the
+    probabilities are the same (tested), and so is the rule that turns them into intervals, which is the package's own.
 
     Sample rates of 8 and 16 kHz are used as they are; any other is resampled to 16 kHz (feeding 24 kHz audio as if it
     were 16 kHz is a fault of the official Full-Duplex-Bench scripts).
@@ -83,24 +88,19 @@ class SileroDetector:
 
         torch.set_num_threads(threads)  # importing silero_vad sets the whole process to one thread
         model = load_silero_vad().to(self.device)
-        self._networks = {16000: model._model, 8000: model._model_8k}
-        self._recurrent = {rate: _as_lstm(network.decoder.rnn) for rate, network in self._networks.items()}
+        self._networks = {16000: SileroNetwork(model._model), 8000: SileroNetwork(model._model_8k)}
 
     @torch.no_grad()
     def probabilities(self, audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
         """Speech probability of each 32 ms window, `(B, windows)`, of audio `(B, N)` at 8 or 16 kHz."""
-        network, recurrent = self._networks[sample_rate], self._recurrent[sample_rate]
+        network = self._networks[sample_rate]
         window, context = (512, 64) if sample_rate == 16000 else (256, 32)
-        batch, samples = audio.shape
-        count = -(-samples // window)
-        padded = torch.nn.functional.pad(audio.to(self.device), (context, count * window - samples))
+        count = -(-audio.shape[1] // window)
+        device = torch.device(self.device)
         # Each window is seen with the last samples of the one before it (zeros before the first).
-        windows = padded.unfold(1, window + context, window).reshape(batch * count, window + context)
-        features = [network.encoder(network.run_extractors(part)) for part in windows.split(8192)]
-        sequence = torch.cat(features).reshape(batch, count, -1)
-        hidden, _ = recurrent(sequence)
-        flat = hidden.reshape(batch * count, -1, 1)
-        return network.decoder.decoder(flat).reshape(batch, count).cpu()
+        padded = torch.nn.functional.pad(audio.to(device), (context, count * window - audio.shape[1]))
+        windows = padded.unfold(1, window + context, window)
+        return torch.cat(list(map_on_cores(torch.no_grad()(network), windows.split(CLIPS_TOGETHER), device))).cpu()
 
     def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
         """See `SpeechDetector.detect`."""
@@ -129,13 +129,6 @@ class SileroDetector:
             )
             found.append([Interval(stamp["start"] / rate, stamp["end"] / rate) for stamp in stamps])
         return found
-
-
-def _as_lstm(cell: torch.nn.LSTMCell) -> torch.nn.LSTM:
-    """The same recurrent layer for a whole sequence: one call instead of one for every window."""
-    lstm = torch.nn.LSTM(cell.weight_ih.shape[1], cell.weight_hh.shape[1], batch_first=True)
-    lstm.load_state_dict({f"{name}_l0": parameter.detach() for name, parameter in cell.named_parameters()})
-    return lstm.to(cell.weight_ih.device).eval()
 
 
 @dataclass

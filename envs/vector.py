@@ -1,6 +1,7 @@
 """`DuplexDialogueVectorEnv`: B dialogues stepped at once, tensors staying on the codec's device."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,9 +13,13 @@ from gymnasium.vector.utils import batch_space
 from envs.codec import Codec
 from envs.context import ContextSchedule
 from envs.dialogues import RewardFunction, UserSide, UserSides, find_segments, finish_dialogues
+from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import Segment
 from envs.speech import SpeechDetector
+
+# On a CPU, so many ended dialogues are finished at once while the others go on.
+FINISH_TOGETHER = 8
 
 
 def frame_spaces(codec: Codec) -> tuple[spaces.MultiDiscrete, spaces.MultiDiscrete]:
@@ -33,9 +38,10 @@ class DuplexDialogueVectorEnv(VectorEnv):
 
     Observations `(B, user_codebooks)` and actions `(B, 1 + agent_codebooks)` are int64 tensors on the codec's device.
     A dialogue is terminated at the end of its segment and truncated at `max_frames`; afterwards it is stepped along
-    with the others and what it does there is dropped. Audio is decoded, speech detected and rewards given for the
-    whole batch in the step in which the last dialogue ends: `infos["episodes"]`, and with a reward function
-    `infos["rewards"]` (a dictionary of axis values each) and the rewards `(B,)`; before that all rewards are 0.
+    with the others and what it does there is dropped. Rewards are given for the whole batch in the step in which the
+    last dialogue ends: `infos["episodes"]`, and with a reward function `infos["rewards"]` (a dictionary of axis values
+    each) and the rewards `(B,)`; before that all rewards are 0. On a CPU, the audio of dialogues that have ended is
+    decoded and its speech detected on another core while the others go on.
     There is no automatic reset: call `reset`.
 
     Args:
@@ -135,6 +141,9 @@ class DuplexDialogueVectorEnv(VectorEnv):
             device=self.codec.device,
         )
         self._frame = 0
+        self._ended: list[int] = []  # rows that wait to be finished
+        self._finished: list[tuple[list[int], Future[list[Episode]]]] = []
+        self._finisher = ThreadPoolExecutor(1)
         return self._observations[0], {"segments": [s.id for s in chosen], "frames": self._frames.copy()}
 
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -148,6 +157,11 @@ class DuplexDialogueVectorEnv(VectorEnv):
         self._actions[self._frame] = torch.as_tensor(actions, device=self.codec.device)
         self._frame += 1
         done = self._frames <= self._frame
+        self._ended += np.nonzero(self._frames == self._frame)[0].tolist()
+        together = FINISH_TOGETHER if self.codec.device.type == "cpu" else self.num_envs
+        if len(self._ended) >= together or self._frame == self._length:
+            self._finish_later(self._ended)
+            self._ended = []
         rewards: np.ndarray = np.zeros(self.num_envs)
         infos: dict[str, Any] = {}
         if self._frame == self._length:
@@ -155,10 +169,20 @@ class DuplexDialogueVectorEnv(VectorEnv):
         observation = self._observations[self._frame]
         return observation, rewards, done & ~self._truncated, done & self._truncated, infos
 
+    def _finish_later(self, rows: list[int]) -> None:
+        """Hand dialogues that have ended to the other thread. Which go together depends on their lengths alone."""
+        frames = self._frames[rows].tolist()
+        actions = self._actions[: max(frames), rows].transpose(0, 1)
+        users = [self._users[row] for row in rows]
+        future = self._finisher.submit(finish_dialogues, users, actions, frames, self.codec, self.detector)
+        self._finished.append((rows, future))
+
     def _finish(self) -> tuple[np.ndarray, dict[str, Any]]:
-        episodes = finish_dialogues(
-            self._users, self._actions.transpose(0, 1), self._frames.tolist(), self.codec, self.detector
-        )
+        finished: dict[int, Episode] = {}
+        for rows, future in self._finished:
+            finished.update(zip(rows, future.result(), strict=True))
+        self._finisher.shutdown()
+        episodes = [finished[row] for row in range(self.num_envs)]
         rewards: np.ndarray = np.zeros(self.num_envs)
         infos: dict[str, Any] = {"episodes": episodes}
         if self.reward_function is not None:

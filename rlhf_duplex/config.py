@@ -24,8 +24,8 @@ class TrainerConfig:
         algorithm: `grpo`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
-        minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (memory only, no
-            effect on results but rounding).
+        minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
+            results but rounding: memory, and on a CPU the parts that its cores share among themselves).
         passes: times that an update goes over its episodes.
         clip: eps of the ratio [0.2]; kl_beta: weight of KL[policy || reference] [0.01].
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
@@ -37,7 +37,7 @@ class TrainerConfig:
     groups: int = 12
     group_size: int = 16
     minibatch: int = 64
-    microbatch: int = 32
+    microbatch: int = 8
     passes: int = 1
     clip: float = 0.2
     kl_beta: float = 0.01

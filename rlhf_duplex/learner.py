@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from envs.cores import map_on_cores
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
@@ -115,7 +116,8 @@ class Learner:
             update: its number, from 0 (schedule and order of the minibatches).
 
         Returns:
-            Diagnostics, means over the steps (maxima for `ratio_max`).
+            Diagnostics, means over the steps (maxima for `ratio_max`). `mismatch/ratio_mean`, `mismatch/ratio_max` and
+            `mismatch/kl` (KL of rollout to train policy) are of the first minibatch, before its optimiser step.
 
         Raises:
             NonFiniteError: before the weights are touched by the step that it happens in.
@@ -131,7 +133,11 @@ class Learner:
                 for name, value in self._step(batch, index, update).items():
                     seen[name].append(value)
         joined = {name: max(v) if name.endswith("max") else sum(v) / len(v) for name, v in seen.items()}
+        # Before the first optimiser step the policy is the one that acted: whatever is seen then is the mismatch of
+        # streaming and teacher-forced log-probabilities.
         joined["ratio_first"] = seen["ratio_mean"][0]
+        joined["mismatch/ratio_mean"], joined["mismatch/ratio_max"] = seen["ratio_mean"][0], seen["ratio_max"][0]
+        joined["mismatch/kl"] = seen["approx_kl"][0]
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int) -> dict[str, float]:
@@ -139,16 +145,20 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
         index = index[batch.mask[index].float().sum(dim=1).argsort().cpu()]
-        for part in index.split(self.trainer.microbatch):
-            loss, diagnostics = self._loss(batch.rows(part))
-            share = len(part) / len(index)
-            (loss * share).backward()
-            diagnostics = {**diagnostics, "loss": loss.detach()}
+        # The longest first: what is left at the end of the queue is short.
+        parts = index.split(self.trainer.microbatch)[::-1]
+        results = map_on_cores(
+            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts, self.policy.device
+        )
+        for part, (gradients, diagnostics) in zip(parts, results, strict=True):
+            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             for name, value in diagnostics.items():
                 if name.endswith("max"):
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
-                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * share
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * (len(part) / len(index))
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
         values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
         wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
@@ -159,6 +169,12 @@ class Learner:
             )
         self.optimiser.step()
         return values
+
+    def _gradients(self, batch: Batch, share: float) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        """Of one microbatch, which is this share of its minibatch."""
+        loss, diagnostics = self._loss(batch)
+        gradients = torch.autograd.grad(loss * share, list(self.parameters.values()), allow_unused=True)
+        return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         log_probs, distribution = self.policy.evaluate_actions(batch.codes)

@@ -1,12 +1,11 @@
 """The policy meets the environment: groups of episodes, and a policy-free way to score them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
+from envs.cores import one_core_operations
 from envs.episode import Episode
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
@@ -50,22 +49,6 @@ def rollout(
             played = _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
             episodes.update(zip(rows, played, strict=True))
     return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
-
-
-@contextmanager
-def one_core_operations(device: torch.device) -> Iterator[None]:
-    """On a CPU, each operation of a frame on one core.
-
-    A frame of a small model is some hundred operations of a tenth of a millisecond; OpenMP's threads wait for one
-    another after each, which on a busy machine makes a frame ten times slower, and on a quiet one hardly faster.
-    """
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _play(

@@ -68,7 +68,7 @@ def grpo_loss(
         clipped = ((ratio - 1).abs() > clip).float()
         diagnostics = {
             "kl": masked_mean(kl, mask).mean(),
-            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask).mean(),
+            "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask).mean(),
             "clip_fraction": masked_mean(clipped, mask).mean(),
             "ratio_mean": masked_mean(ratio, mask).mean(),
             "ratio_max": ratio.max(),

@@ -1,7 +1,5 @@
 """Mimi and the tokenizer as the environment's `Codec`."""
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import sentencepiece
@@ -9,6 +7,7 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
+from envs.cores import map_on_cores
 from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError
 
 
@@ -48,10 +47,9 @@ class MimiCodec:
         """Agent codes `(B, agent_codebooks, T)` to audio `(B, T * frame_samples)`."""
         if self.device.type != "cpu":
             return self.mimi.decode(codes.to(self.device))[:, 0]
-        # On a CPU one dialogue at a time, so that what is between two layers stays in a core's cache, and dialogues
-        # side by side on its cores: outside streaming mode Mimi keeps no state.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return torch.stack(list(pool.map(self._decode_one, codes)))
+        # On a CPU one dialogue at a time, so that what is between two layers stays in a core's cache: outside
+        # streaming mode Mimi keeps no state.
+        return torch.stack(list(map_on_cores(self._decode_one, codes, self.device)))
 
     @torch.no_grad()
     def _decode_one(self, codes: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from envs.errors import InputError
 from rlhf_duplex.policy.codec import agent_codebooks
 from rlhf_duplex.policy.frame import FrameStep
 from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
+from rlhf_duplex.policy.transformer import PlainTransformer, plain_norm
 
 
 @dataclass
@@ -179,8 +180,13 @@ class MoshiPolicy:
         lm = self.lm
         initial = lm._get_initial_token().expand(len(codes), -1, -1)
         delayed = torch.cat([initial, _delay_sequence(lm.delays, codes, initial)], dim=2)
-        _, logits = lm.forward_text(delayed[:, :, :-1])
-        return logits[:, 0]
+        tokens = delayed[:, :, :-1]
+        # As in `LMModel.forward_text`: audio first, then text.
+        inputs = lm.emb[0](tokens[:, 1])
+        for stream, table in enumerate(lm.emb[1:], start=2):
+            inputs = inputs + table(tokens[:, stream])
+        hidden = PlainTransformer(lm.transformer, tokens.shape[-1]).whole(inputs + lm.text_emb(tokens[:, 0]))
+        return lm.text_linear(plain_norm(lm.out_norm)(hidden))
 
     def evaluate_actions(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the text tokens of whole episodes, under the same transform as when acting.

@@ -82,14 +82,20 @@ def test_an_update_raises_what_had_a_high_advantage(setting):
     advantages = torch.tensor([1.0, -1.0] * 4)
     batch = make_batch(episodes, advantages, bundle.codec.frame_rate, policy.device)
     first = learner.update(batch, 0)
-    assert first["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    assert first["ratio_first"] == first["mismatch/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert 1.0 <= first["mismatch/ratio_max"] < 1 + 1e-4
+    assert 0.0 <= first["mismatch/kl"] < 1e-8
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)
     assert first["loss"] == pytest.approx(0.0, abs=1e-4)  # the mean of the advantages
     with torch.no_grad():
         log_probs, _ = policy.evaluate_actions(batch.codes)
     gain = torch.where(batch.mask, log_probs - batch.log_probs, 0.0).sum(dim=1)
     assert gain[advantages > 0].sum() > 0 > gain[advantages < 0].sum()
-    assert learner.update(batch, 1)["kl"] > 0
+    second = learner.update(batch, 1)
+    assert second["kl"] > 0
+    # The episodes are those of the policy before the first update: a rollout policy that is not the trained one shows.
+    assert second["mismatch/ratio_max"] > 1 + 1e-3
+    assert second["mismatch/kl"] > 1e-6
 
 
 def test_depth_transformer_and_reference_stay_as_they_were(setting):
