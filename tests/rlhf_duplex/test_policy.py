@@ -124,6 +124,17 @@ def test_text_logits_are_those_of_the_whole_forward(nano):
     assert torch.equal(ours, whole.text_logits[:, 0])
 
 
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model([0, 0, 1, 0, 1], 2, gradient_checkpointing=checkpointing)
+        codes = torch.randint(0, 20, (2, 5, 12), generator=torch.Generator().manual_seed(3))
+        MoshiPolicy(model).evaluate_actions(codes)[0].sum().backward()
+        gradients.append(model.transformer.layers[0].self_attn.in_projs[0].weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[1])
+
+
 def test_text_logits_against_moshis_own_asset():
     if not MOSHI_ASSET.is_dir():
         pytest.skip("moshi's parity asset (../shared/data/moshi_lm) is not here: an extra to the tests above")
@@ -213,15 +224,20 @@ def test_dialogues_that_end_change_nothing_for_the_others_and_are_not_computed(n
         {"norm": "layer_norm", "gating": "none", "positional_embedding": "sin", "layer_scale": 0.3},
         {"positional_embedding": "rope_concat", "kv_repeat": 2, "norm": "rms_norm"},
         {"depformer_multi_linear": False, "depformer_pos_emb": "sin", "depformer_norm": "layer_norm"},
+        {"context": 4},
         {"depformer_weights_per_step_schedule": [0, 1, 1], "depformer_low_rank_embeddings": 8, "norm_emb": True},
     ],
 )
-def test_every_kind_of_layer_acts_as_stock_lmgen(changes):
+def test_every_kind_of_layer_acts_and_is_evaluated_as_in_stock_moshi(changes):
     model = small_model([0, 0, 1, 1, 0, 1, 1], 3, **changes)
     codes = user_codes(model, 3, batch=3, frames=15)
     expected = stock_greedy(model, codes)
-    actions, _ = act_all(MoshiPolicy(model, GREEDY), codes)
+    policy = MoshiPolicy(model, GREEDY)
+    actions, trajectory = act_all(policy, codes)
     assert all(torch.equal(actions[:, t], expected[t][:, :, 0]) for t in range(1, 15))
+    with torch.no_grad():
+        whole = model(trajectory.codes)
+        assert torch.allclose(policy.text_logits(trajectory.codes), whole.text_logits[:, 0], atol=1e-5)
 
 
 def test_a_context_shorter_than_the_episode_is_kept():
