@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from envs.audio import read_audio
 from envs.codec import Codec
 from envs.episode import Episode
 from envs.errors import InputError
@@ -105,7 +104,7 @@ class UserSides:
     def _audio(self, segment: Segment, context_frames: int) -> np.ndarray:
         codec = self.codec
         start = max(0.0, segment.start - context_frames / codec.frame_rate)
-        heard = read_audio(segment.recording, segment.user_channel, codec.sample_rate, start, segment.end)
+        heard = segment.user_audio(codec.sample_rate, start)
         frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
         lead_in = frames_in(self.lead_in, codec.frame_rate) * codec.frame_samples
         audio = np.zeros(lead_in + frames * codec.frame_samples, dtype=np.float32)

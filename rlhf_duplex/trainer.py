@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from envs.audio import audio_info, read_audio
+from envs.audio import audio_info
 from envs.context import ContextSchedule
 from envs.dialogues import UserSides
 from envs.episode import Episode
@@ -100,8 +100,7 @@ def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segme
     segments = read_manifest(path)
     for segment in segments:
         # Reads what the header cannot tell: truncated files, NaN samples.
-        rate, _, _ = audio_info(segment.recording)
-        read_audio(segment.recording, segment.user_channel, rate, segment.start, segment.end)
+        segment.user_audio(audio_info(segment.recording)[0])
     return complete_events(segments, detector)
 
 
