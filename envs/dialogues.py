@@ -60,6 +60,14 @@ class UserSide:
         return self.codes.shape[-1]
 
 
+class CodeStore(Protocol):
+    """Keeps codes of users' audio beyond a run; `rlhf_duplex.data.codes.CodeCache` is one."""
+
+    def encode(self, codec: Codec, audio: np.ndarray) -> torch.Tensor:
+        """Codes `(user_codebooks, T)` of audio `(N,)`, from the store or, where it does not have them, encoded."""
+        ...
+
+
 @dataclass
 class UserSides:
     """Makes and keeps the user's side of segments: read, resampled, detected and encoded once, not once an episode.
@@ -68,23 +76,29 @@ class UserSides:
         codec, detector: of the environment.
         lead_in: seconds of silence before everything (3 s for Moshi in arXiv 2606.11167).
         capacity: how many to keep; the ones unused for longest go first.
+        store: keeps the codes of segments without context on disk. Context is drawn anew for every episode and never
+            comes back, so that its codes are not worth keeping.
     """
 
     codec: Codec
     detector: SpeechDetector
     lead_in: float = 3.0
     capacity: int = 2048
+    store: CodeStore | None = None
     _kept: "OrderedDict[UserKey, UserSide]" = field(default_factory=OrderedDict)
 
     def get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
         """The user's side for each (segment, seconds of context before it)."""
         keys = [self._key(segment, context) for segment, context in requests]
         missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
-        audio = {key: self._audio(segment, key[-1]) for key, segment in missing.items()}
+        audio = {key: padded_user_audio(segment, self.codec, self.lead_in, key[-1]) for key, segment in missing.items()}
         speech = self.detector.detect(list(audio.values()), self.codec.sample_rate) if audio else []
         for (key, segment), intervals in zip(missing.items(), speech, strict=True):
             # One by one: the codes of a segment must not depend on what else is encoded at the same time.
-            codes = self.codec.encode(torch.from_numpy(audio[key])[None])[0]
+            if self.store is not None and key[-1] == 0:
+                codes = self.store.encode(self.codec, audio[key])
+            else:
+                codes = self.codec.encode(torch.from_numpy(audio[key])[None])[0]
             lead_in = frames_in(self.lead_in, self.codec.frame_rate)
             before = (lead_in + key[-1]) / self.codec.frame_rate
             self._kept[key] = UserSide(segment, audio[key], codes, intervals, before)
@@ -101,16 +115,17 @@ class UserSides:
         frames = frame_at(min(max(context, 0.0), segment.start), self.codec.frame_rate)
         return str(segment.recording), segment.user_channel, segment.start, segment.end, frames
 
-    def _audio(self, segment: Segment, context_frames: int) -> np.ndarray:
-        codec = self.codec
-        start = max(0.0, segment.start - context_frames / codec.frame_rate)
-        heard = segment.user_audio(codec.sample_rate, start)
-        frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
-        lead_in = frames_in(self.lead_in, codec.frame_rate) * codec.frame_samples
-        audio = np.zeros(lead_in + frames * codec.frame_samples, dtype=np.float32)
-        heard = heard[: len(audio) - lead_in]
-        audio[lead_in : lead_in + len(heard)] = heard
-        return audio
+
+def padded_user_audio(segment: Segment, codec: Codec, lead_in: float, context_frames: int = 0) -> np.ndarray:
+    """The user's audio as an episode plays it, `(N,)`: lead-in silence, context, segment; a whole number of frames."""
+    start = max(0.0, segment.start - context_frames / codec.frame_rate)
+    heard = segment.user_audio(codec.sample_rate, start)
+    frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
+    silent = frames_in(lead_in, codec.frame_rate) * codec.frame_samples
+    audio = np.zeros(silent + frames * codec.frame_samples, dtype=np.float32)
+    heard = heard[: len(audio) - silent]
+    audio[silent : silent + len(heard)] = heard
+    return audio
 
 
 def finish_dialogues(

@@ -1,4 +1,4 @@
-"""Speech in recordings of any length, in memory that does not grow with them: audio in blocks, Silero with carried state.
+"""Speech in recordings of any length, in memory that does not grow: audio in blocks, Silero with carried state.
 
 The same intervals as `SileroDetector.detect` on the whole audio (tested): resampler and network keep their state from
 block to block, and probabilities become intervals piece by piece, cut only in silences where the rule starts anew.
@@ -64,7 +64,7 @@ class SpeechStream:
             None if rate == self._rate else soxr.ResampleStream(rate, self._rate, 1, dtype="float32", quality="HQ")
             for rate in rates
         ]
-        self._pending = [np.zeros(0, dtype=np.float32) for _ in rates]
+        self._pending: list[np.ndarray] = [np.zeros(0, dtype=np.float32) for _ in rates]
         self._samples = [0 for _ in rates]  # of each channel, at the network's rate
         self._state: VadState | None = None
         self._pieces = [_Piece(detector, self._rate) for _ in rates]
@@ -105,7 +105,7 @@ class _Piece:
     def __init__(self, detector: SileroDetector, rate: int) -> None:
         self._detector, self._rate = detector, rate
         self._window = detector.window(rate)
-        self._waiting = np.zeros(0, dtype=np.float32)
+        self._waiting: np.ndarray = np.zeros(0, dtype=np.float32)
         self._begins = 0  # sample at which what waits begins
         self._found: list[Interval] = []
 

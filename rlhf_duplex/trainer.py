@@ -31,6 +31,7 @@ from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, check_resumed, to_yaml
+from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
 from rlhf_duplex.learner import Learner, make_batch
@@ -168,7 +169,8 @@ class Trainer:
         self.policy = MoshiPolicy(self.bundle.lm, sampling)
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
-        users = UserSides(self.codec, inputs.detector, config.context.lead_in)
+        store = open_cache(config.codes_cache, self.codec)
+        users = UserSides(self.codec, inputs.detector, config.context.lead_in, store=store)
         self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
