@@ -153,7 +153,7 @@ class Config:
         rewards: by axis, `weight`, `target` and the axis' own options.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
-            is the user's cache folder, empty keeps none.
+            is the user's cache folder, `none` keeps none.
     """
 
     run_dir: str = "runs/default"

@@ -22,9 +22,9 @@ from rlhf_duplex.policy.codec import MimiCodec
 
 def cache_folder(name: str) -> Path | None:
     """The folder that a `codes_cache` option means: `auto` the user's (`RLHF_DUPLEX_CACHE`, else `XDG_CACHE_HOME`, else
-    `~/.cache`), an empty one none, anything else itself."""
+    `~/.cache`), `none` none, anything else itself."""
     if name != "auto":
-        return Path(name) if name else None
+        return None if name == "none" else Path(name)
     own = os.environ.get("RLHF_DUPLEX_CACHE")
     if own:
         return Path(own) / "codes"
@@ -64,7 +64,7 @@ class CodeCache:
         except OSError as error:
             raise InputError(
                 f"code cache {self.folder} cannot be written ({error}): choose another with codes_cache=FOLDER, "
-                "or none with codes_cache="
+                "or codes_cache=none"
             ) from error
 
     @property

@@ -115,9 +115,7 @@ def _pause_handling(user: Sequence[Utterance], agent: Sequence[Utterance], crite
         span = Interval(said.start, said.end)
         if any(unit.overlap(span) > _EPSILON for other in _meeting(agent, said) for unit in other.units):
             return "agent not silent throughout"
-        return Candidate(
-            "pause_handling", _time(said.start), _time(said.end), {"pauses": [_pair(p) for p in pauses]}
-        )
+        return Candidate("pause_handling", _time(said.start), _time(said.end), {"pauses": [_pair(p) for p in pauses]})
 
     return [judge(said) for said in user]
 
@@ -125,11 +123,11 @@ def _pause_handling(user: Sequence[Utterance], agent: Sequence[Utterance], crite
 def _turn_taking(user: Sequence[Utterance], agent: Sequence[Utterance], criteria: Criteria) -> list[Verdict]:
     def judge(said: Utterance, following: Utterance | None) -> Verdict:
         earliest = said.end - criteria.turn_max_overlap - _EPSILON
+        if any(a.start < earliest and a.end > said.end + _EPSILON for a in _meeting(agent, said)):
+            return f"agent begins more than {criteria.turn_max_overlap:g} s before the user ends"
         reply = _next(agent, max(earliest, said.start))
         if reply is None or (following is not None and following.start <= reply.start):
             return "user goes on, or nobody does"
-        if any(a.start < earliest and a.end > said.end + _EPSILON for a in _meeting(agent, said)):
-            return f"agent begins more than {criteria.turn_max_overlap:g} s before the user ends"
         if reply.start - said.end > criteria.turn_max_gap + _EPSILON:
             return f"gap longer than {criteria.turn_max_gap:g} s"
         if _shorter(said, criteria.turn_min):

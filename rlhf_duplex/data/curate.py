@@ -209,6 +209,7 @@ def _detect_with_ray(
 ) -> Iterator[Outcome]:
     """A Ray task a recording, a few more in flight than there are workers; in the order in which they are done."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
     import ray
     from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 

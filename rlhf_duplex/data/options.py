@@ -19,27 +19,27 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 class Criteria:
     """When a stretch of a dialogue is a segment of an axis (arXiv 2606.11167, section 3). Seconds throughout.
 
-    [B] stands for that paper; where it is silent, what is done here is said, and why.
+    Where the paper is silent, the option says so.
     """
 
-    min_silence: float = _option(0.2, "a silence from this length on ends an inter-pausal unit ([B]: not given)")
+    min_silence: float = _option(0.2, "a silence from this length on ends an inter-pausal unit (the paper gives none)")
     max_pause: float = _option(1.0, "a silence of at most this is a pause within an utterance")
     pause_min: float = _option(4.0, "pause_handling: the user's utterance lasts at least this")
     pause_min_silence: float = _option(
         0.35,
-        "pause_handling: one of the pauses lasts at least this ([B]: not given; shorter silences part phrases, come and "
-        "go with noise and codec, and tempt nobody to take the turn)",
+        "pause_handling: one of the pauses lasts at least this (the paper gives none; shorter silences part phrases, "
+        "come and go with noise and codec, and tempt nobody to take the turn)",
     )
     turn_min: float = _option(5.0, "turn_taking: each of the two utterances lasts at least this")
     turn_max_gap: float = _option(0.4, "turn_taking: at most this between the two utterances")
     turn_max_overlap: float = _option(
         0.2,
-        "turn_taking: the agent may begin at most this before the user ends; more is an interruption ([B]: not given)",
+        "turn_taking: the agent may begin this long before the user ends; more interrupts (the paper gives none)",
     )
     backchannel_min: float = _option(5.0, "backchannel: the user's utterance lasts at least this")
     backchannel_max: float = _option(1.0, "backchannel: every utterance of the agent meanwhile lasts at most this")
     interruption_min: float = _option(3.0, "user_interruption: each of the four utterances lasts at least this")
-    max_seconds: float = _option(120.0, "a longer segment is left out, 0: none is ([B]: not given)")
+    max_seconds: float = _option(120.0, "a longer segment is left out, 0: none is (the paper gives none)")
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,7 @@ def _info(path: Path) -> tuple[int, int, float]:
     try:
         return audio_info(path)
     except InputError:
-        if not path.is_file():
-            raise InputError(f"audio file {path} does not exist") from None
-        if b"embedded-shorten" in path.open("rb").read(1024):
+        if path.is_file() and b"embedded-shorten" in path.open("rb").read(1024):
             raise InputError(
                 f"{path} is compressed with shorten, which libsndfile does not read: "
                 "convert it first, for example with `sph2pipe -f wav in.sph out.wav`"
@@ -143,6 +141,8 @@ def fingerprint(paths: tuple[Path, ...]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist")
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
