@@ -180,7 +180,7 @@ def detect_all(
     if worked:
         elapsed = time.monotonic() - begun
         speed = worked / 3600 / elapsed
-        console.print(f"heard {worked / 3600:.2f} hours in {elapsed:.1f} s, {speed:.3f} hours/s", soft_wrap=True)
+        console.print(f"heard {worked / 3600:.4g} hours in {elapsed:.1f} s, {speed:.4f} hours/s", soft_wrap=True)
     return files
 
 

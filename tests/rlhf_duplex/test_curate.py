@@ -43,14 +43,14 @@ def make_corpus(folder, count):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "nano", 60)
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "nano", 40)
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """What a run that nothing stopped writes, beside the corpus as all runs here are."""
     out = corpus.parent.parent / "whole.jsonl"
-    summary = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=12))
+    summary = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0))
     assert summary.done_before == 0
     return out, summary
 
@@ -64,19 +64,19 @@ def test_the_manifest_trains(whole):
     segments = read_manifest(out)
     assert {s.axis for s in segments} == {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
     counts = {axis: sum(s.axis == axis for s in segments) for axis in summary.found}
-    assert counts == {axis: min(12, met) for axis, met in summary.found.items()}
-    assert len({s.recording for s in segments if s.axis == "turn_taking"}) == 12  # spread
+    assert counts == {axis: min(8, met) for axis, met in summary.found.items()}
+    assert len({s.recording for s in segments if s.axis == "turn_taking"}) == 8  # spread
     assert all(s.transcript for s in segments if s.user_channel == 1)
-    assert (summary.recordings, summary.transcripts, summary.problems) == (60, 60, [])
+    assert (summary.recordings, summary.transcripts, summary.problems) == (40, 40, [])
 
 
 def test_killed_three_times_it_writes_the_same_and_does_nothing_twice(corpus, whole):
     out = whole[0].with_name("killed.jsonl")
-    command = [sys.executable, "-m", "rlhf_duplex.cli", "curate", str(corpus), "--out", str(out), "--per-axis", "12"]
-    command += SHORT_ARGUMENTS
+    command = [sys.executable, "-m", "rlhf_duplex.cli", "curate", str(corpus), "--out", str(out), "--per-axis", "8"]
+    command += [*SHORT_ARGUMENTS, "--examples", "0"]
     draw = random.Random(7)
     done = {}
-    for goal in sorted(draw.sample(range(2, 55), 3)):
+    for goal in sorted(draw.sample(range(2, 35), 3)):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while len(times_of_records(out)) < goal:  # a random moment after so many recordings
@@ -91,7 +91,7 @@ def test_killed_three_times_it_writes_the_same_and_does_nothing_twice(corpus, wh
         now = times_of_records(out)
         assert done.items() <= now.items()  # what was done is as it was, not written again
         done = now
-    assert len(done) < 60
+    assert len(done) < 40
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert f"of them read before {len(done)}" in " ".join(finished.stdout.split())
@@ -105,7 +105,7 @@ def test_two_workers_write_the_same(corpus, whole):
     wrong.write_bytes(b"OggS and no more")
     listing = corpus.with_name("more.jsonl")
     listing.write_text(corpus.read_text() + '{"path": "wrong.ogg"}\n')
-    summary = curate(listing, out, CurateOptions(criteria=SHORT, per_axis=12, workers=2))
+    summary = curate(listing, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0, workers=2))
     assert [problem.recording for problem in summary.problems] == ["wrong"]
     assert out.read_bytes() == whole[0].read_bytes()
     with pytest.raises(InputError, match=r"wrong: recording .*wrong.ogg cannot be read"):
@@ -115,19 +115,21 @@ def test_two_workers_write_the_same(corpus, whole):
 def test_other_thresholds_need_no_second_hearing(corpus, whole):
     out = whole[0]
     before = out.read_bytes(), times_of_records(out)
-    summary = curate(corpus, out, CurateOptions(criteria=Criteria(pause_min=3.0), per_axis=5))
-    assert summary.done_before == 60
+    summary = curate(corpus, out, CurateOptions(criteria=Criteria(pause_min=3.0), per_axis=5, examples=0))
+    assert summary.done_before == 40
     assert times_of_records(out) == before[1]
     assert out.read_bytes() != before[0]
-    summary = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=12, voice=VoiceActivity(vad_threshold=0.6)))
+    summary = curate(
+        corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0, voice=VoiceActivity(vad_threshold=0.6))
+    )
     assert summary.done_before == 0  # another way of hearing is another result
-    curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=12))
+    curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0))
     assert out.read_bytes() == before[0]
 
 
 def test_changed_audio_and_a_damaged_record_are_done_again(tmp_path):
     listing = make_corpus(tmp_path / "c", 3)
-    options = CurateOptions(criteria=SHORT)
+    options = CurateOptions(criteria=SHORT, examples=0)
     out = tmp_path / "out.jsonl"
     curate(listing, out, options)
     first = out.read_bytes()
@@ -165,7 +167,17 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
 def test_encoded_users_are_those_that_training_reads(tmp_path, nano, capsys):
     make_corpus(tmp_path / "c", 4)
     out, codes = tmp_path / "segments.jsonl", tmp_path / "codes"
-    curating = ["curate", str(tmp_path / "c"), "--out", str(out), *SHORT_ARGUMENTS, "--user-channel", "1"]
+    curating = [
+        "curate",
+        str(tmp_path / "c"),
+        "--out",
+        str(out),
+        *SHORT_ARGUMENTS,
+        "--user-channel",
+        "1",
+        "--examples",
+        "0",
+    ]
     assert main([*curating, "--encode", "nano", "--lead-in", "0.4", "--codes-cache", str(codes)]) == 0
     entries = {path: path.stat().st_mtime_ns for path in codes.rglob("*.safetensors")}
     segments = read_manifest(out)
