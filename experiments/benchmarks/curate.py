@@ -92,11 +92,14 @@ def _watch(process: subprocess.Popen, peak: list[int]) -> None:
         time.sleep(0.1)
 
 
-def detection_ratio(path: Path, repeats: int = 3) -> float:
+def detection(path: Path, repeats: int = 3) -> dict[str, float]:
     """Silero's own package, one channel after the other as its README does it, against curate's way: CPU seconds on
     one thread, reading and resampling included, by turns on the same file; the median of some repeats.
 
     CPU seconds, since what else runs on a machine would decide a ratio of wall times.
+
+    Returns:
+        `detection_vs_silero_file_by_file`, and `hours_per_cpu_second` of curate's way.
     """
     import torch
     from silero_vad import get_speech_timestamps, load_silero_vad
@@ -107,7 +110,7 @@ def detection_ratio(path: Path, repeats: int = 3) -> float:
     threads = torch.get_num_threads()
     detector, model = SileroDetector(), load_silero_vad()
     torch.set_num_threads(1)
-    ratios = []
+    ratios, seconds = [], []
     for _ in range(repeats + 1):
         began = time.process_time()
         audio, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
@@ -116,9 +119,14 @@ def detection_ratio(path: Path, repeats: int = 3) -> float:
         stock = time.process_time() - began
         began = time.process_time()
         stream_speech([(path, [0, 1])], detector)
-        ratios.append(stock / (time.process_time() - began))
+        seconds.append(time.process_time() - began)
+        ratios.append(stock / seconds[-1])
     torch.set_num_threads(threads)
-    return float(np.median(ratios[1:]))  # the first repeat warms both up
+    # The first repeat warms both up.
+    return {
+        "detection_vs_silero_file_by_file": float(np.median(ratios[1:])),
+        "hours_per_cpu_second": soundfile.info(str(path)).duration / 3600 / float(np.median(seconds[1:])),
+    }
 
 
 def measure(
@@ -127,10 +135,10 @@ def measure(
     """Speed and memory of the command at `hours` and at a quarter of them, and of one process on short and long files.
 
     Returns:
-        `hours_per_second` with `workers`, start of Ray included, and `hours_per_second_in_process`;
-        `detection_vs_silero_file_by_file`; `peak_gib` of all processes together (what they share is counted for each)
-        and `peak_gib_at_a_quarter`; `peak_process_gib` of the largest of them; `one_file_gib` and `long_file_gib` of a
-        process that hears two files of `minutes`, and two of six times as many.
+        `hours_per_second` with `workers`, start of Ray included, and `hours_per_second_in_process`; of one thread
+        `detection_vs_silero_file_by_file` and `hours_per_cpu_second`; `peak_gib` of all processes together (what they
+        share is counted for each) and `peak_gib_at_a_quarter`; `peak_process_gib` of the largest of them;
+        `one_file_gib` and `long_file_gib` of a process that hears two files of `minutes`, and two of six times as many.
     """
     source = source or NANO_RECORDINGS
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +148,7 @@ def measure(
         make_corpus(root / "one", 2 * minutes / 60, minutes, source)
         make_corpus(root / "long", 12 * minutes / 60, 6 * minutes, source)
         make_corpus(root / "short", 2 / 60, 1.0, source)
-        ratio = detection_ratio(root / "short" / "000000.flac")
+        ratio = detection(root / "short" / "000000.flac")
         quarter, whole = run_curate(root / "quarter", workers), run_curate(root / "all", workers)
         alone, long = run_curate(root / "one", 0), run_curate(root / "long", 0)
     gib = 2**30
@@ -149,7 +157,7 @@ def measure(
         "workers": float(workers),
         "hours_per_second": whole["hours_per_second"],
         "hours_per_second_in_process": long["hours_per_second"],
-        "detection_vs_silero_file_by_file": ratio,
+        **ratio,
         "peak_gib": whole["peak_bytes"] / gib,
         "peak_gib_at_a_quarter": quarter["peak_bytes"] / gib,
         "peak_process_gib": whole["peak_process_bytes"] / gib,

@@ -57,8 +57,14 @@ def corpus_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"corpus {path} does not exist: give a folder of recordings or a .jsonl that lists them")
-    found = []
+    found: list[Path] = []
+    seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to where it came from
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)

@@ -79,6 +79,7 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     detections = detect_all(layout, recordings, options, work, summary, console)
     found = _candidates(recordings, detections, options, summary)
     chosen = [item for axis in SEGMENT_AXES for item in spread(found[axis], options.per_axis, options.seed)]
+    summary.problems.sort()
     print_summary(console, summary, options)
     if not chosen:
         raise InputError(f"{corpus} has no segment that meets the criteria: the table above says why; see --help")
@@ -167,9 +168,11 @@ def detect_all(
         begun, worked = time.monotonic(), 0.0
         for recording, outcome in run(layout, recordings, options, work):
             if isinstance(outcome, Problem):
-                _report(outcome, summary, options, console)
+                _report(outcome, summary, options)
             else:
                 files[recording.id], seconds = outcome
+                for message in load_detection(files[recording.id]).warnings:
+                    _report(Problem(recording.id, message), summary, options)
                 summary.done_before += seconds is None
                 worked += seconds or 0.0
             rate = worked / 3600 / max(time.monotonic() - begun, 1e-9)
@@ -184,7 +187,7 @@ def detect_all(
     return files
 
 
-def _report(problem: Problem, summary: Summary, options: CurateOptions, console: Console) -> None:
+def _report(problem: Problem, summary: Summary, options: CurateOptions) -> None:
     if options.strict:
         raise InputError(f"{problem.recording}: {problem.message}")
     summary.problems.append(problem)
@@ -200,8 +203,15 @@ def _detect_one(
 
 
 def _detect_here(layout: str, recordings: Sequence[Recording], options: CurateOptions, work: Path) -> Iterator[Outcome]:
-    for recording in recordings:
-        yield recording, _detect_one(layout, recording, options, work)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: however many there are, the result is the same to the bit
+    try:
+        for recording in recordings:
+            yield recording, _detect_one(layout, recording, options, work)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _detect_with_ray(
@@ -258,10 +268,6 @@ def _candidates(
         if recording.id not in detections:
             continue
         detection = load_detection(detections[recording.id])
-        for message in detection.warnings:
-            if options.strict:
-                raise InputError(f"{recording.id}: {message}")
-            summary.problems.append(Problem(recording.id, message))
         summary.recordings += 1
         summary.seconds += detection.seconds
         summary.transcripts += detection.words > 0
