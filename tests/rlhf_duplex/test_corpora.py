@@ -372,4 +372,4 @@ def test_a_transcript_that_goes_on_after_the_audio(tmp_path, spoken):
     assert segments
     text.write_text(text.read_text() + "good bye\n")
     summary, _ = curated(tmp_path / "c")  # the sidecar is another one now: the recording is looked at anew
-    assert "fe_03_00001.txt:7: not `start end A: words`: 'good bye'" in summary.problems[0].message
+    assert "fe_03_00001.txt:8: not `start end A: words`: 'good bye'" in summary.problems[0].message
