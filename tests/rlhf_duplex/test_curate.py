@@ -183,10 +183,16 @@ def test_encoded_users_are_those_that_training_reads(tmp_path, nano, capsys):
     segments = read_manifest(out)
     assert len(entries) == len(segments) > 0
     assert f"encoded {len(segments)} segments, 0 were in" in capsys.readouterr().out
-    small = ["trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "context.lead_in=0.4"]
+    small = [
+        "trainer.updates=1",
+        "trainer.groups=1",
+        "trainer.group_size=2",
+        "evaluation.limit=1",
+        "context.lead_in=0.4",
+    ]
     run = ["train", "checkpoint=nano", f"segments={out}", f"run_dir={tmp_path / 'run'}", f"codes_cache={codes}"]
     assert main([*run, *small, "context.probability=0"]) == 0
-    # Before and after training every segment is played, and no code had to be made for it.
+    # Training and both evaluations played segments, and no code had to be made for any of them.
     assert {path: path.stat().st_mtime_ns for path in codes.rglob("*.safetensors")} == entries
     capsys.readouterr()
     assert main([*curating, "--encode", "nano", "--lead-in", "0.4", "--codes-cache", str(codes)]) == 0
