@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from envs.audio import read_audio
 from envs.codec import Codec
 from envs.cores import map_on_cores
 from envs.episode import Episode
@@ -62,6 +61,14 @@ class UserSide:
         return self.codes.shape[-1]
 
 
+class CodeStore(Protocol):
+    """Keeps codes of users' audio beyond a run; `rlhf_duplex.data.codes.CodeCache` is one."""
+
+    def encode(self, codec: Codec, audio: np.ndarray) -> torch.Tensor:
+        """Codes `(user_codebooks, T)` of audio `(N,)`, from the store or, where it does not have them, encoded."""
+        ...
+
+
 @dataclass
 class UserSides:
     """Makes and keeps the user's side of segments: read, resampled, detected and encoded once, not once an episode.
@@ -70,24 +77,25 @@ class UserSides:
         codec, detector: of the environment.
         lead_in: seconds of silence before everything (3 s for Moshi in arXiv 2606.11167).
         capacity: how many to keep; the ones unused for longest go first.
+        store: keeps the codes of segments without context on disk. Context is drawn anew for every episode and never
+            comes back, so that its codes are not worth keeping.
     """
 
     codec: Codec
     detector: SpeechDetector
     lead_in: float = 3.0
     capacity: int = 2048
+    store: CodeStore | None = None
     _kept: "OrderedDict[UserKey, UserSide]" = field(default_factory=OrderedDict)
 
     def get(self, requests: Sequence[tuple[Segment, float]]) -> list[UserSide]:
         """The user's side for each (segment, seconds of context before it)."""
         keys = [self._key(segment, context) for segment, context in requests]
         missing = {key: segment for key, (segment, _) in zip(keys, requests, strict=True) if key not in self._kept}
-        audio = {key: self._audio(segment, key[-1]) for key, segment in missing.items()}
+        audio = {key: padded_user_audio(segment, self.codec, self.lead_in, key[-1]) for key, segment in missing.items()}
         speech = self.detector.detect(list(audio.values()), self.codec.sample_rate) if audio else []
         # One by one: the codes of a segment must not depend on what else is encoded at the same time.
-        encoded = map_on_cores(
-            lambda clip: self.codec.encode(torch.from_numpy(clip)[None])[0], audio.values(), self.codec.device
-        )
+        encoded = map_on_cores(self._encode, [(audio[key], key[-1] == 0) for key in missing], self.codec.device)
         for (key, segment), intervals, codes in zip(missing.items(), speech, encoded, strict=True):
             lead_in = frames_in(self.lead_in, self.codec.frame_rate)
             before = (lead_in + key[-1]) / self.codec.frame_rate
@@ -100,21 +108,29 @@ class UserSides:
             self._kept.popitem(last=False)
         return found
 
+    def _encode(self, request: tuple[np.ndarray, bool]) -> torch.Tensor:
+        """Codes `(user_codebooks, T)` of audio `(N,)`, and whether the store may keep them."""
+        audio, keep = request
+        if self.store is not None and keep:
+            return self.store.encode(self.codec, audio)
+        return self.codec.encode(torch.from_numpy(audio)[None])[0]
+
     def _key(self, segment: Segment, context: float) -> UserKey:
         # Context in whole frames, so that the scored window begins at a frame's edge.
         frames = frame_at(min(max(context, 0.0), segment.start), self.codec.frame_rate)
         return str(segment.recording), segment.user_channel, segment.start, segment.end, frames
 
-    def _audio(self, segment: Segment, context_frames: int) -> np.ndarray:
-        codec = self.codec
-        start = max(0.0, segment.start - context_frames / codec.frame_rate)
-        heard = read_audio(segment.recording, segment.user_channel, codec.sample_rate, start, segment.end)
-        frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
-        lead_in = frames_in(self.lead_in, codec.frame_rate) * codec.frame_samples
-        audio = np.zeros(lead_in + frames * codec.frame_samples, dtype=np.float32)
-        heard = heard[: len(audio) - lead_in]
-        audio[lead_in : lead_in + len(heard)] = heard
-        return audio
+
+def padded_user_audio(segment: Segment, codec: Codec, lead_in: float, context_frames: int = 0) -> np.ndarray:
+    """The user's audio as an episode plays it, `(N,)`: lead-in silence, context, segment; a whole number of frames."""
+    start = max(0.0, segment.start - context_frames / codec.frame_rate)
+    heard = segment.user_audio(codec.sample_rate, start)
+    frames = frames_in((segment.duration + context_frames / codec.frame_rate), codec.frame_rate)
+    silent = frames_in(lead_in, codec.frame_rate) * codec.frame_samples
+    audio = np.zeros(silent + frames * codec.frame_samples, dtype=np.float32)
+    heard = heard[: len(audio) - silent]
+    audio[silent : silent + len(heard)] = heard
+    return audio
 
 
 def finish_dialogues(

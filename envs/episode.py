@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from envs.audio import read_audio, write_audio
+from envs.audio import write_audio
 from envs.errors import InputError
 from envs.frames import frame_at
 from envs.segments import Segment, parse_segment
@@ -102,8 +102,13 @@ class Episode:
         }
         save_file(tokens, str(temporary / "tokens.safetensors"))
         record = {
-            # The recording stays where it is: an absolute path, so that the episode can be moved.
-            "segment": self.segment.to_json() | {"recording": str(self.segment.recording.resolve())},
+            # The recordings stay where they are: absolute paths, so that the episode can be moved.
+            "segment": self.segment.to_json()
+            | {
+                key: str(path.resolve())
+                for key in ("recording", "agent_recording")
+                if (path := getattr(self.segment, key)) is not None
+            },
             "user_speech": self.user_speech,
             "agent_speech": self.agent_speech,
             "duration": self.duration,
@@ -162,8 +167,7 @@ def recorded_episode(segment: Segment, detector: SpeechDetector, sample_rate: in
 
     What the recorded person did is the human mark that a policy's scores are held against, and a check of a corpus.
     """
-    user = read_audio(segment.recording, segment.user_channel, sample_rate, segment.start, segment.end)
-    agent = read_audio(segment.recording, segment.agent_channel, sample_rate, segment.start, segment.end)
+    user, agent = segment.user_audio(sample_rate), segment.agent_audio(sample_rate)
     user_speech, agent_speech = detector.detect([user, agent], sample_rate)
     words = [str(word[0]) for word in segment.transcript if len(word) == 3 and word[2] == "agent"]
     return Episode(

@@ -5,7 +5,8 @@ A manifest is JSON Lines, one segment a line::
     {"id": "d0-turn", "axis": "turn_taking", "recording": "d0.flac", "user_channel": 1, "start": 17.36, "end": 29.41,
      "events": {"user_turn_end": 23.95}, "transcript": [["hello", [17.4, 17.9], "user"]]}
 
-`recording` is relative to the manifest. `start`, `end` and all `events` are seconds in the *recording*. `events` and
+`recording` is relative to the manifest. Where each speaker has a mono file, `recording` is the user's, `user_channel`
+is 0, and `agent_recording` is the agent's. `start`, `end` and all `events` are seconds in the *recording*. `events` and
 `transcript` may be left out: what a reward needs and the manifest does not give is detected in the recording
 (`envs.events.complete_events`).
 """
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.audio import audio_info
+import numpy as np
+
+from envs.audio import audio_info, read_audio
 from envs.errors import InputError
 
 SEGMENT_AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
 _REQUIRED = ("id", "axis", "recording", "user_channel", "start", "end")
-_OPTIONAL = ("events", "transcript")
+_OPTIONAL = ("events", "transcript", "agent_recording")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Segment:
         events: by name, in seconds of the recording: `pauses` [[s, e], ...], `user_turn_end` s,
             `true_backchannels` [[s, e], ...], `interruption` [s, e] (the user's interrupting utterance).
         transcript: `[[word, [start, end], "user" | "agent"], ...]`, empty where it is not known.
+        agent_recording: path of the agent's own mono file, on the same clock; None where one file holds both.
     """
 
     id: str
@@ -48,6 +52,7 @@ class Segment:
     end: float
     events: dict[str, Any] = field(default_factory=dict)
     transcript: tuple = ()
+    agent_recording: Path | None = None
 
     @property
     def duration(self) -> float:
@@ -55,21 +60,41 @@ class Segment:
 
     @property
     def agent_channel(self) -> int:
-        return 1 - self.user_channel if self.user_channel in (0, 1) else 0
+        return 1 - self.user_channel if self.user_channel in (0, 1) and self.agent_recording is None else 0
+
+    def user_audio(self, sample_rate: int, start: float | None = None) -> np.ndarray:
+        """The user's side `(N,)` float32 at `sample_rate`, from `start` (the segment's, if None) to the segment's end.
+
+        Raises:
+            InputError: as in `envs.audio.read_audio`.
+        """
+        return self._audio(self.recording, self.user_channel, sample_rate, start)
+
+    def agent_audio(self, sample_rate: int) -> np.ndarray:
+        """The side of the person whose place the model takes, as recorded; see `user_audio`."""
+        return self._audio(self.agent_recording or self.recording, self.agent_channel, sample_rate, None)
+
+    def _audio(self, path: Path, channel: int, sample_rate: int, start: float | None) -> np.ndarray:
+        channels = 2 if self.agent_recording is None else 1
+        return read_audio(path, channel, sample_rate, self.start if start is None else start, self.end, channels)
 
     def to_json(self, relative_to: Path | None = None) -> dict[str, Any]:
         """The manifest's line as a dictionary, with the recording relative to a folder."""
-        path = self.recording if relative_to is None else Path(os.path.relpath(self.recording, relative_to))
-        return {
+
+        def shown(path: Path) -> str:
+            return (path if relative_to is None else Path(os.path.relpath(path, relative_to))).as_posix()
+
+        row = {
             "id": self.id,
             "axis": self.axis,
-            "recording": path.as_posix(),
+            "recording": shown(self.recording),
             "user_channel": self.user_channel,
             "start": self.start,
             "end": self.end,
             "events": self.events,
             "transcript": list(self.transcript),
         }
+        return row if self.agent_recording is None else row | {"agent_recording": shown(self.agent_recording)}
 
 
 def _number(value: Any) -> bool:
@@ -160,6 +185,9 @@ def parse_segment(row: Any, folder: Path) -> Segment:
         isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) for word in transcript
     ):
         raise InputError(f"`transcript` must be a list of [word, [start, end], speaker], found {transcript!r}")
+    agent = row.get("agent_recording")
+    if agent is not None and (not isinstance(agent, str) or not agent):
+        raise InputError(f"`agent_recording` must be a path, found {agent!r}")
     return Segment(
         row["id"],
         row["axis"],
@@ -169,6 +197,7 @@ def parse_segment(row: Any, folder: Path) -> Segment:
         float(end),
         events,
         tuple(tuple(word) for word in transcript),
+        folder / agent if agent else None,
     )
 
 
@@ -194,9 +223,10 @@ def read_manifest(path: Path) -> list[Segment]:
             segment = parse_segment(json.loads(line), path.parent)
             if segment.id in seen:
                 raise InputError(f"id '{segment.id}' was already used on line {seen[segment.id]}: ids must be unique")
-            if segment.recording not in headers:
-                headers[segment.recording] = audio_info(segment.recording)
-            _check_recording(segment, *headers[segment.recording][1:])
+            for recording in filter(None, (segment.recording, segment.agent_recording)):
+                if recording not in headers:
+                    headers[recording] = audio_info(recording)
+            _check_recording(segment, headers)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
         except InputError as error:
@@ -208,21 +238,23 @@ def read_manifest(path: Path) -> list[Segment]:
     return segments
 
 
-def _check_recording(segment: Segment, channels: int, duration: float) -> None:
-    if channels < 2:
+def _check_recording(segment: Segment, headers: dict[Path, tuple[int, int, float]]) -> None:
+    channels = headers[segment.recording][1]
+    if segment.agent_recording is None and channels < 2:
         raise InputError(
             f"recording {segment.recording} has {channels} channel(s), 2 are needed (one a speaker): "
-            "give a file with the two speakers on separate channels"
+            "give a file with the two speakers on separate channels, or the other speaker's as `agent_recording`"
         )
     if segment.user_channel >= channels:
         raise InputError(
             f"`user_channel` {segment.user_channel} is out of range: {segment.recording} has channels "
             f"0 to {channels - 1}"
         )
-    if segment.end > duration + 0.05:
-        raise InputError(
-            f"segment {segment.start}-{segment.end} s lies outside {segment.recording}, which lasts {duration:.3f} s"
-        )
+    for path in filter(None, (segment.recording, segment.agent_recording)):
+        if segment.end > headers[path][2] + 0.05:
+            raise InputError(
+                f"segment {segment.start}-{segment.end} s lies outside {path}, which lasts {headers[path][2]:.3f} s"
+            )
 
 
 def write_manifest(path: Path, segments: Iterable[Segment]) -> None:

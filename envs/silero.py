@@ -38,13 +38,18 @@ class SileroNetwork:
         last = getattr(network.decoder.decoder, "2")
         self._weight, self._bias = last.weight.detach()[0, :, 0], last.bias.detach()
 
-    def __call__(self, windows: torch.Tensor) -> torch.Tensor:
-        """Windows with their context `(B, windows, samples)` to speech probabilities `(B, windows)`."""
+    def __call__(
+        self, windows: torch.Tensor, hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Windows with their context `(B, windows, samples)` to speech probabilities `(B, windows)`.
+
+        hidden: what came back for the windows before these (None at the beginning); the new one comes back.
+        """
         batch, count, samples = windows.shape
         flat = windows.reshape(batch * count, samples)
         features = torch.cat([self._features(part) for part in flat.split(CHUNK)])
-        hidden, _ = self._recurrent(features.view(batch, count, -1))
-        return torch.sigmoid(hidden.relu() @ self._weight + self._bias)
+        output, hidden = self._recurrent(features.view(batch, count, -1), hidden)
+        return torch.sigmoid(output.relu() @ self._weight + self._bias), hidden
 
     def _features(self, windows: torch.Tensor) -> torch.Tensor:
         """Windows `(n, samples)` to what the LSTM sees, `(n, features)`."""

@@ -35,6 +35,10 @@ class Interval(NamedTuple):
         return max(0.0, min(self.end, other.end) - max(self.start, other.start))
 
 
+# What Silero carries from one stretch of audio to the next: the last samples `(B, context)` and the LSTM's state.
+VadState = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
+
+
 class SpeechDetector(Protocol):
     """Finds speech in a batch of audio."""
 
@@ -90,22 +94,61 @@ class SileroDetector:
         model = load_silero_vad().to(self.device)
         self._networks = {16000: SileroNetwork(model._model), 8000: SileroNetwork(model._model_8k)}
 
-    @torch.no_grad()
     def probabilities(self, audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
         """Speech probability of each 32 ms window, `(B, windows)`, of audio `(B, N)` at 8 or 16 kHz."""
-        network = self._networks[sample_rate]
-        window, context = (512, 64) if sample_rate == 16000 else (256, 32)
-        count = -(-audio.shape[1] // window)
+        window = self.window(sample_rate)
         device = torch.device(self.device)
+        audio = torch.nn.functional.pad(audio.to(device), (0, -audio.shape[1] % window))
+        parts = audio.split(CLIPS_TOGETHER)
+        return torch.cat(list(map_on_cores(lambda part: self.advance(part, sample_rate)[0], parts, device)))
+
+    @staticmethod
+    def window(sample_rate: int) -> int:
+        """Samples of a window at 8 or 16 kHz."""
+        return 512 if sample_rate == 16000 else 256
+
+    @torch.no_grad()
+    def advance(
+        self, audio: torch.Tensor, sample_rate: int, state: VadState | None = None
+    ) -> tuple[torch.Tensor, VadState]:
+        """The probabilities `(B, windows)` of the next whole windows `(B, windows * window)` of B clips.
+
+        Args:
+            audio: what follows the audio of the call before.
+            sample_rate: 8 or 16 kHz.
+            state: what the call before gave; None at the beginning of the clips.
+        """
+        window = self.window(sample_rate)
+        context = window // 8
+        batch, samples = audio.shape
+        count = samples // window
+        audio = audio.to(self.device)
+        tail, hidden = state or (audio.new_zeros(batch, context), None)
+        if count == 0:
+            return torch.zeros(batch, 0), (tail, hidden)
         # Each window is seen with the last samples of the one before it (zeros before the first).
-        padded = torch.nn.functional.pad(audio.to(device), (context, count * window - audio.shape[1]))
-        windows = padded.unfold(1, window + context, window)
-        return torch.cat(list(map_on_cores(torch.no_grad()(network), windows.split(CLIPS_TOGETHER), device))).cpu()
+        padded = torch.cat([tail, audio], dim=1)
+        probabilities, hidden = self._networks[sample_rate](padded.unfold(1, window + context, window), hidden)
+        return probabilities.cpu(), (padded[:, -context:], hidden)
+
+    def stamps(self, probabilities: np.ndarray, samples: int, sample_rate: int) -> list[Interval]:
+        """Speech intervals of one clip of so many samples, by the package's rule from `(windows,)` probabilities."""
+        from silero_vad.utils_vad import get_speech_timestamps_from_probs
+
+        stamps = get_speech_timestamps_from_probs(
+            probabilities.tolist(),
+            sampling_rate=sample_rate,
+            threshold=self.threshold,
+            min_speech_duration_ms=self.min_speech_seconds * 1000,
+            min_silence_duration_ms=self.min_silence_seconds * 1000,
+            speech_pad_ms=self.pad_seconds * 1000,
+            audio_length_samples=samples,
+            step=1,
+        )
+        return [Interval(stamp["start"] / sample_rate, stamp["end"] / sample_rate) for stamp in stamps]
 
     def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
         """See `SpeechDetector.detect`."""
-        from silero_vad.utils_vad import get_speech_timestamps_from_probs
-
         clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
         rate = sample_rate if sample_rate in self._networks else 16000
         if rate != sample_rate:
@@ -113,22 +156,12 @@ class SileroDetector:
         batch, lengths = pad_batch(clips)
         if batch.numel() == 0:
             return [[] for _ in clips]
-        probabilities = self.probabilities(batch, rate)
-        window = 512 if rate == 16000 else 256
-        found = []
-        for row, length in zip(probabilities, lengths, strict=True):
-            stamps = get_speech_timestamps_from_probs(
-                row[: -(-length // window)].tolist(),
-                sampling_rate=rate,
-                threshold=self.threshold,
-                min_speech_duration_ms=self.min_speech_seconds * 1000,
-                min_silence_duration_ms=self.min_silence_seconds * 1000,
-                speech_pad_ms=self.pad_seconds * 1000,
-                audio_length_samples=length,
-                step=1,
-            )
-            found.append([Interval(stamp["start"] / rate, stamp["end"] / rate) for stamp in stamps])
-        return found
+        probabilities = self.probabilities(batch, rate).numpy()
+        window = self.window(rate)
+        return [
+            self.stamps(row[: -(-length // window)], length, rate)
+            for row, length in zip(probabilities, lengths, strict=True)
+        ]
 
 
 @dataclass

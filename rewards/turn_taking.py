@@ -30,10 +30,13 @@ class TurnTaking(RewardAxis):
     Attributes:
         takeover_seconds: an utterance longer than this takes the turn (paper: 1 s).
         max_pause: the longest silence inside an utterance (paper: 1 s).
+        barge_in_seconds: charged for a barge-in on top of its distance (not in the paper): with 0, an agent that begins
+            half a second too early fares as one that begins half a second late.
     """
 
     takeover_seconds: float = 1.0
     max_pause: float = MAX_PAUSE_SECONDS
+    barge_in_seconds: float = 0.0
 
     name = "turn_taking"
     applies_to = ("turn_taking",)
@@ -55,7 +58,7 @@ class TurnTaking(RewardAxis):
             "latency": latency,
             "response": [response.start, response.end],
         }
-        return Score(0.0 - abs(latency), details)
+        return Score(0.0 - abs(latency) - details["barge_in"] * self.barge_in_seconds, details)
 
     def _turn_end(self, episode: Episode) -> float:
         known = episode.event_time("user_turn_end")

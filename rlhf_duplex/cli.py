@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_duplex.data import options as curate_options
+
 TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml
   rlhf-duplex train configs/quickstart.yaml trainer.updates=5 run_dir=runs/short
@@ -37,6 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+    curate = commands.add_parser(
+        "curate",
+        help="find segments of the four axes in recordings of people, and write a manifest",
+        description="Find segments of the four axes in two-channel recordings, and write a manifest to train on.",
+        epilog=curate_options.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    curate_options.add_arguments(curate)
     report = commands.add_parser(
         "report",
         help="write report.html of a run folder anew",
@@ -58,11 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf-duplex: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rlhf-duplex: stopped; a training run goes on with resume=true", file=sys.stderr)
+        again = "the same command goes on" if options.command == "curate" else "a training run goes on with resume=true"
+        print(f"rlhf-duplex: stopped; {again}", file=sys.stderr)
         return 130
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "curate":
+        from rlhf_duplex.data.curate import curate
+
+        curate(options.corpus, options.out, curate_options.from_arguments(options))
+        return 0
     if options.command == "report":
         from rlhf_duplex.report.build import build_report
 

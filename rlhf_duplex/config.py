@@ -152,6 +152,8 @@ class Config:
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         rewards: by axis, `weight`, `target` and the axis' own options.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
+        codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
+            is the user's cache folder, `none` keeps none.
     """
 
     run_dir: str = "runs/default"
@@ -172,6 +174,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     trackers: list[str] = field(default_factory=list)
+    codes_cache: str = "auto"
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:

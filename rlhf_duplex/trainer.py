@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from envs.audio import audio_info, read_audio
+from envs.audio import audio_info
 from envs.context import ContextSchedule
 from envs.dialogues import UserSides
 from envs.episode import Episode
@@ -32,6 +32,7 @@ from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, check_resumed, to_yaml
+from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
 from rlhf_duplex.learner import Learner, make_batch
@@ -106,8 +107,7 @@ def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segme
 
 def _check_audio(segment: Segment) -> None:
     """Read what the header cannot tell: truncated files, NaN samples."""
-    rate, _, _ = audio_info(segment.recording)
-    read_audio(segment.recording, segment.user_channel, rate, segment.start, segment.end)
+    segment.user_audio(audio_info(segment.recording)[0])
 
 
 def prepare_run_dir(config: Config) -> Path:
@@ -174,7 +174,8 @@ class Trainer:
         self.policy = MoshiPolicy(self.bundle.lm, sampling)
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
-        users = UserSides(self.codec, inputs.detector, config.context.lead_in)
+        store = open_cache(config.codes_cache, self.codec)
+        users = UserSides(self.codec, inputs.detector, config.context.lead_in, store=store)
         self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )

@@ -1,11 +1,19 @@
 """What all tests share: threads that do not fight over the cores, and the nano bundle, the real thing in small."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
+
 import pytest
 import torch
+
+# Tests leave the user's own cache alone; the folder is one of this machine's temporary ones.
+os.environ["RLHF_DUPLEX_CACHE"] = tempfile.mkdtemp(prefix="rlhf_duplex_cache_")
+atexit.register(shutil.rmtree, os.environ["RLHF_DUPLEX_CACHE"], ignore_errors=True)
 
 torch.set_num_threads(1)  # pytest runs one worker a core
 

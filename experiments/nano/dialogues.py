@@ -196,16 +196,16 @@ def behave_well(track: Track, agent: AgentVoice, rng: np.random.Generator) -> li
 class Looseness:
     """How the agent of the training dialogues errs: probabilities per cue, delays in seconds."""
 
-    pause_takeover: float = 0.40
+    pause_takeover: float = 0.31
     invite_takeover: float = 0.15
-    invite_backchannel: float = 0.5
+    invite_backchannel: float = 0.42
     stray_backchannel: float = 0.05  # per utterance, anywhere in it
     answer: float = 0.82
     answer_delay: tuple[float, float, float] = (0.15, 2.0, 0.45)  # shortest, and shape and scale of a gamma beyond
     interrupt_answer: float = 0.98
     interrupt_delay: tuple[float, float, float] = (0.3, 3.0, 0.29)
     answer_after_takeover: float = 0.5
-    yields: float = 0.6
+    yields: float = 0.85
 
 
 def behave_loosely(

@@ -18,6 +18,26 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write
     assert [(s.id, s.events, s.transcript) for s in again] == [(s.id, s.events, s.transcript) for s in segments]
 
 
+def test_a_file_for_each_speaker(tmp_path, write_dialogue, write_rows, row):
+    write_dialogue("user.flac", channels=1)
+    write_dialogue("agent.flac", channels=1, seconds=9.5)
+    apart = {"recording": "user.flac", "user_channel": 0, "agent_recording": "agent.flac"}
+    (segment,) = read_manifest(write_rows(row(**apart)))
+    assert (segment.user_channel, segment.agent_channel) == (0, 0)
+    assert len(segment.user_audio(16000)) == len(segment.agent_audio(16000)) == 8 * 16000
+    write_manifest(tmp_path / "deeper" / "copy.jsonl", [segment])
+    line = json.loads((tmp_path / "deeper" / "copy.jsonl").read_text())
+    assert line["agent_recording"] == "../agent.flac"
+    for changes, message in [
+        ({"end": 9.8}, "lies outside .*agent.flac, which lasts 9.500 s"),
+        ({"agent_recording": "gone.flac"}, "gone.flac does not exist"),
+        ({"agent_recording": 1}, "`agent_recording` must be a path, found 1"),
+        ({"user_channel": 1}, "`user_channel` 1 is out of range"),
+    ]:
+        with pytest.raises(InputError, match=f"segments.jsonl:1: .*{message}"):
+            read_manifest(write_rows(row(**apart | changes)))
+
+
 WRONG_ROWS = [
     ({"axis": "content"}, "unknown axis 'content': the axes of segments are pause_handling, turn_taking"),
     ({"user_channel": 2}, "`user_channel` 2 is out of range: .* has channels 0 to 1"),

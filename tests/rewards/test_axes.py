@@ -59,6 +59,12 @@ def test_turn_taking(episode, agent, value, takeover, barge_in):
     assert ("latency" in result.details) is ("response" in result.details) is takeover
 
 
+def test_a_barge_in_may_cost_more_than_its_distance(episode):
+    early, late = (episode("turn_taking", [(start, 12.5)], user_turn_end=10.0) for start in (9.0, 11.0))
+    scores = TurnTaking(barge_in_seconds=1.5).score([early, late])
+    assert [score.value for score in scores] == pytest.approx([-1.0 - 1.5, -1.0])
+
+
 def test_turn_taking_latency_has_a_sign(episode):
     details = score(TurnTaking(), episode("turn_taking", [(9.5, 12.0)], user_turn_end=10.0)).details
     assert details["latency"] == pytest.approx(-0.5)

@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from envs import SileroDetector, complete_events, read_manifest, recorded_episode
+from envs.audio import resample
 from rewards import RewardFunction, RewardSpec
 from rlhf_duplex.cli import main
+from rlhf_duplex.data.curate import curate
+from rlhf_duplex.data.options import CurateOptions
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "real_dialogues"
 pytestmark = pytest.mark.skipif(not (DATA / "truth.json").is_file(), reason=f"no recordings of people in {DATA}")
@@ -62,7 +67,7 @@ def test_nano_trains_on_recordings_of_people(tmp_path):
     small = ["trainer.updates=1", "trainer.groups=4", "trainer.group_size=2", "evaluation.limit=1"]
     assert main(["train", *arguments, *small]) == 0
     after = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text())
-    assert set(after["axes"]) == {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
+    assert set(after["axes"]) - {"words"} == {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
     assert after["on_training_segments"]
     assert (tmp_path / "run" / "report.html").is_file()
 
@@ -83,3 +88,52 @@ def test_the_recorded_agent_scores_as_the_truth_says(tmp_path, with_events):
         slack = 0.25 if row["axis"] in ("turn_taking", "user_interruption") else 0.0
         assert score[segment.axis].value == pytest.approx(expected(row), abs=slack), segment.id
         assert [name for name, found in score.items() if found is not None] == [segment.axis]
+
+
+def noisy(audio, decibels=20.0):
+    """White noise on each channel throughout, `decibels` below its speech (what stands above -60 dB of full scale)."""
+    out = audio.copy()
+    for channel, side in enumerate(audio.T):
+        power = (side[np.abs(side) > 1e-3] ** 2).mean() / 10 ** (decibels / 10)
+        out[:, channel] += np.random.default_rng(channel).normal(0, np.sqrt(power), len(side))
+    return out
+
+
+# What is done to the recordings, and the channel that the user of the truth is on then.
+VARIANTS = {
+    "as_they_are": (lambda audio, rate: (audio, rate), 1),
+    "swapped": (lambda audio, rate: (audio[:, ::-1], rate), 0),
+    "8_kHz": (lambda audio, rate: (resample(audio.T, rate, 8000).T, 8000), 1),
+    "48_kHz": (lambda audio, rate: (resample(audio.T, rate, 48000).T, 48000), 1),
+    "noise_at_20_dB": (lambda audio, rate: (noisy(audio), rate), 1),
+    "noise_at_20_dB_swapped_8_kHz": (lambda audio, rate: (resample(noisy(audio).T[::-1], rate, 8000).T, 8000), 0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_curate_finds_every_block_and_no_false_one(tmp_path, variant):
+    """Both directions are looked at.
+
+    In the truth's, every block meets its own axis' criteria and no other's: the agent's utterance that is interrupted
+    is shorter than 5 s, the answers to interruptions come after more than 0.4 s. In the other direction nothing meets
+    any: no utterance of the agent's has a pause, is met by a backchannel, or is answered at once.
+    """
+    change, user = VARIANTS[variant]
+    for recording in ("dialogue_00", "dialogue_01", "dialogue_02"):
+        audio, rate = soundfile.read(str(DATA / f"{recording}.flac"), dtype="float32")
+        soundfile.write(str(tmp_path / f"{recording}.flac"), *change(audio, rate))
+    curate(tmp_path, tmp_path / "segments.jsonl", CurateOptions(examples=0))
+    found = {(s.axis, s.recording.name): s for s in read_manifest(tmp_path / "segments.jsonl")}
+    rows = {(row["axis"], recording): row for _, recording, row in truth_rows()}
+    assert len(read_manifest(tmp_path / "segments.jsonl")) == len(rows) == 12
+    assert found.keys() == rows.keys()
+    for key, row in rows.items():
+        segment = found[key]
+        window = row["user"] if key[0] in ("pause_handling", "backchannel") else row["user"] + row["agent"]
+        assert segment.user_channel == user
+        assert segment.start == pytest.approx(min(start for start, _ in window), abs=0.25), key
+        assert segment.end == pytest.approx(max(end for _, end in window), abs=0.25), key
+        (name, value), (true_name, true_value) = *segment.events.items(), *events_of(row).items()
+        assert name == true_name
+        assert np.shape(value) == np.shape(true_value)
+        assert np.allclose(value, true_value, rtol=0, atol=0.25), (key, value, true_value)

@@ -1,0 +1,1 @@
+"""From recordings and conversations to training data: segments and preference pairs."""

@@ -1,0 +1,363 @@
+"""`rlhf-duplex curate`: from a corpus of two-channel recordings to a manifest of segments.
+
+Two steps. First every recording's speech is detected, in parallel, each result in a file of its own: that is what takes
+hours, what a stop interrupts and the next start goes on with. Then the criteria, the choice and the transcripts, which
+take seconds, are worked out anew from those files, in an order that does not depend on how they came to be; so a
+manifest is the same to the byte whatever was interrupted, and thresholds can be changed without detecting again.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from envs.errors import InputError
+from envs.segments import SEGMENT_AXES, Segment, write_manifest
+from rlhf_duplex.data.corpora import CORPORA, find_corpus
+from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
+from rlhf_duplex.data.detection import Detection, detect
+from rlhf_duplex.data.options import CurateOptions
+from rlhf_duplex.data.recordings import Problem, Recording, Word
+from rlhf_duplex.data.selection import Found, spread
+from rlhf_duplex.data.summary import print_summary
+
+STALLED_SECONDS = 3600.0
+_RETRIES = 1
+
+
+@dataclass
+class Summary:
+    """What a run of curate found.
+
+    Attributes:
+        layout: of the corpus.
+        recordings, seconds, utterances, transcripts: that could be used, how long, of both speakers, with words.
+        done_before: recordings whose speech was known from an earlier run.
+        problems: what could not be used, or not wholly.
+        found: segments by axis that met the criteria.
+        rejected: by axis, how many stretches did not, by reason.
+    """
+
+    layout: str
+    recordings: int = 0
+    seconds: float = 0.0
+    utterances: int = 0
+    transcripts: int = 0
+    done_before: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    found: Counter[str] = field(default_factory=Counter)
+    rejected: dict[str, Counter[str]] = field(default_factory=lambda: {axis: Counter() for axis in SEGMENT_AXES})
+
+
+def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | None = None) -> Summary:
+    """Write the manifest `out` and a page beside it, from the recordings of a corpus.
+
+    Args:
+        corpus: a .jsonl or a folder (see `rlhf_duplex.data.corpora`).
+        out: path of the manifest; what is found of each recording is kept in a folder beside it (`NAME.work`).
+        options: see `rlhf_duplex.data.options`.
+        console: where progress and the summary go.
+
+    Raises:
+        InputError: what the user can fix; with `options.strict` also the first recording that is wrong.
+    """
+    console = console or Console()
+    check_options(options)
+    work = _prepare(out)
+    with console.status(f"looking through {corpus}"):
+        layout, recordings, problems = find_corpus(corpus, options.format)
+    if options.strict and problems:
+        raise InputError(f"{problems[0].recording}: {problems[0].message}")
+    summary = Summary(layout, problems=problems)
+    detections = detect_all(layout, recordings, options, work, summary, console)
+    found = _candidates(recordings, detections, options, summary)
+    chosen = [item for axis in SEGMENT_AXES for item in spread(found[axis], options.per_axis, options.seed)]
+    summary.problems.sort()
+    print_summary(console, summary, options)
+    if not chosen:
+        raise InputError(f"{corpus} has no segment that meets the criteria: the table above says why; see --help")
+    segments = _segments(layout, chosen)
+    write_manifest(out, segments)
+    if options.encode:
+        _encode(segments, options, console)
+    from rlhf_duplex.report.segments import build_segments_page
+
+    by_segment = {
+        item.id: (load_detection(detections[item.recording.id]), item.user) for item in _shown(chosen, options)
+    }
+    page = build_segments_page(out.with_suffix(".html"), segments, by_segment, summary, options)
+    console.print(f"wrote {len(segments)} segments to {out}, a page to look at to {page}", soft_wrap=True)
+    return summary
+
+
+def check_options(options: CurateOptions) -> None:
+    """Values that no type can rule out.
+
+    Raises:
+        InputError: the first that is wrong.
+    """
+    for part in (options, options.criteria, options.voice):
+        for item in fields(part):
+            value = getattr(part, item.name)
+            name = "--" + item.name.replace("_", "-")
+            choices = item.metadata.get("choices")
+            if choices and value not in choices:
+                raise InputError(f"{name} '{value}' is not known: choose one of {', '.join(choices)}")
+            if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be a number of at least 0, found {value}")
+    if options.per_axis < 1:
+        raise InputError(f"--per-axis must be at least 1, found {options.per_axis}")
+    if not 0 < options.voice.vad_threshold < 1:
+        raise InputError(f"--vad-threshold must lie between 0 and 1, found {options.voice.vad_threshold}")
+    if options.criteria.min_silence > options.criteria.max_pause:
+        raise InputError(
+            f"--min-silence {options.criteria.min_silence:g} is above --max-pause {options.criteria.max_pause:g}: "
+            "there would be no pauses"
+        )
+    if options.encode:
+        from rlhf_duplex.policy.bundle import find_bundle
+
+        find_bundle(options.encode)
+
+
+def _prepare(out: Path) -> Path:
+    """The work folder beside the manifest, made and writable."""
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out} must end in .jsonl: a page and a work folder of that name are written beside it")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give the path of the manifest to write")
+    work = out.with_suffix(".work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        probe = work / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{work} cannot be written ({error}): choose another --out") from error
+    return work
+
+
+Outcome = tuple[Recording, tuple[Path, float | None] | Problem]
+
+
+def detect_all(
+    layout: str,
+    recordings: Sequence[Recording],
+    options: CurateOptions,
+    work: Path,
+    summary: Summary,
+    console: Console,
+) -> dict[str, Path]:
+    """The speech of every recording that can be used, in files by id; the rest goes to the summary.
+
+    Raises:
+        InputError: none can be used, or one cannot and `options.strict` is set.
+    """
+    run = _detect_with_ray if options.workers else _detect_here
+    files: dict[str, Path] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("detecting speech", total=len(recordings), rate="")
+        begun, worked = time.monotonic(), 0.0
+        for recording, outcome in run(layout, recordings, options, work):
+            if isinstance(outcome, Problem):
+                _report(outcome, summary, options)
+            else:
+                files[recording.id], seconds = outcome
+                for message in load_detection(files[recording.id]).warnings:
+                    _report(Problem(recording.id, message), summary, options)
+                summary.done_before += seconds is None
+                worked += seconds or 0.0
+            rate = worked / 3600 / max(time.monotonic() - begun, 1e-9)
+            bar.update(task, advance=1, rate=f"{worked / 3600:.1f} h, {rate:.3f} hours/s")
+    if not files:
+        first = summary.problems[0]
+        raise InputError(f"none of {len(recordings)} recordings can be used; {first.recording}: {first.message}")
+    if worked:
+        elapsed = time.monotonic() - begun
+        speed = worked / 3600 / elapsed
+        console.print(f"heard {worked / 3600:.4g} hours in {elapsed:.1f} s, {speed:.4f} hours/s", soft_wrap=True)
+    return files
+
+
+def _report(problem: Problem, summary: Summary, options: CurateOptions) -> None:
+    if options.strict:
+        raise InputError(f"{problem.recording}: {problem.message}")
+    summary.problems.append(problem)
+
+
+def _detect_one(
+    layout: str, recording: Recording, options: CurateOptions, work: Path
+) -> tuple[Path, float | None] | Problem:
+    try:
+        return detect(layout, recording, options.voice, work)
+    except InputError as error:
+        return Problem(recording.id, str(error))
+
+
+def _detect_here(layout: str, recordings: Sequence[Recording], options: CurateOptions, work: Path) -> Iterator[Outcome]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: however many there are, the result is the same to the bit
+    try:
+        for recording in recordings:
+            yield recording, _detect_one(layout, recording, options, work)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _detect_with_ray(
+    layout: str, recordings: Sequence[Recording], options: CurateOptions, work: Path
+) -> Iterator[Outcome]:
+    """A Ray task a recording, a few more in flight than there are workers; in the order in which they are done."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
+    import ray
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    started = not ray.is_initialized()
+    if started:
+        # Results are paths: the object store needs next to nothing.
+        ray.init(
+            num_cpus=options.workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=100 * 2**20,
+        )
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_detect_one)
+        waiting = iter(recordings)
+        running: dict = {}
+        while True:
+            while len(running) < 2 * options.workers and (recording := next(waiting, None)) is not None:
+                running[remote.remote(layout, recording, options, work)] = recording
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1, timeout=STALLED_SECONDS)
+            if not done:
+                names = ", ".join(r.id for r in running.values())
+                raise RuntimeError(f"curate: no worker finished a recording within {STALLED_SECONDS:g} s; at: {names}")
+            recording = running.pop(done[0])
+            try:
+                yield recording, ray.get(done[0], timeout=STALLED_SECONDS)
+            except (WorkerCrashedError, OutOfMemoryError) as error:
+                yield recording, Problem(recording.id, f"a worker died over it {_RETRIES + 1} times ({error})")
+            except RayTaskError as error:
+                raise RuntimeError(f"curate worker, recording {recording.id}:\n{error}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _candidates(
+    recordings: Sequence[Recording], detections: dict[str, Path], options: CurateOptions, summary: Summary
+) -> dict[str, list[Found]]:
+    """Everything that meets the criteria, by axis; counts what does not."""
+    found: dict[str, list[Found]] = {axis: [] for axis in SEGMENT_AXES}
+    users = (0, 1) if options.user_channel == "both" else (int(options.user_channel),)
+    for recording in recordings:
+        if recording.id not in detections:
+            continue
+        detection = load_detection(detections[recording.id])
+        summary.recordings += 1
+        summary.seconds += detection.seconds
+        summary.transcripts += detection.words > 0
+        summary.utterances += sum(len(speaker_utterances(side, options.criteria)) for side in detection.speech)
+        for user in users:
+            speech = detection.speech
+            candidates, rejected = find_candidates(speech[user], speech[1 - user], options.criteria)
+            for candidate in candidates:
+                found[candidate.axis].append(Found(recording, user, candidate))
+                summary.found[candidate.axis] += 1
+            for axis, reasons in rejected.items():
+                summary.rejected[axis] += reasons
+    return found
+
+
+def load_detection(path: Path) -> Detection:
+    """A detection that was there a moment ago.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    detection = Detection.load(path)
+    if detection is None:
+        raise InputError(f"{path} was there and is not any more: is another curate of the same --out running?")
+    return detection
+
+
+def _segments(layout: str, chosen: Sequence[Found]) -> list[Segment]:
+    """The manifest's lines, in order of axis, recording, direction and time."""
+    made: list[tuple[tuple, Segment]] = []
+    # Recording by recording, so that one transcript at a time is in memory.
+    for _, group in itertools.groupby(sorted(chosen, key=lambda f: f.recording.id), key=lambda f: f.recording.id):
+        items = list(group)
+        recording = items[0].recording
+        words = _words(layout, recording)
+        for item in items:
+            user, agent = recording.sides[item.user], recording.sides[1 - item.user]
+            found = item.candidate
+            segment = Segment(
+                id=item.id,
+                axis=found.axis,
+                recording=user.path,
+                user_channel=user.channel,
+                start=found.start,
+                end=found.end,
+                events=found.events,
+                transcript=tuple(transcript_of(words, item.user, found.start, found.end)),
+                agent_recording=agent.path if recording.is_split else None,
+            )
+            made.append(((SEGMENT_AXES.index(found.axis), recording.id, item.user, found.start), segment))
+    return [segment for _, segment in sorted(made, key=lambda entry: entry[0])]
+
+
+def _shown(chosen: Sequence[Found], options: CurateOptions) -> list[Found]:
+    """The segments of the page: `spread` drew them in random order, so the first of an axis are a random handful."""
+    axes = {axis: [item for item in chosen if item.candidate.axis == axis] for axis in SEGMENT_AXES}
+    return [item for own in axes.values() for item in own[: options.examples]]
+
+
+def _words(layout: str, recording: Recording) -> list[Word]:
+    try:
+        return CORPORA[layout].words(recording) if recording.sidecars else []
+    except InputError:  # reported when the recording was read
+        return []
+
+
+def transcript_of(words: Sequence[Word], user: int, start: float, end: float) -> Iterator[tuple]:
+    """The words whose middle lies in a segment, with their times cut to it, as a manifest has them."""
+    for word in words:
+        if start <= (word.start + word.end) / 2 <= end:
+            times = [round(max(word.start, start), 3), round(min(word.end, end), 3)]
+            yield word.text, times, "user" if word.side == user else "agent"
+
+
+def _encode(segments: Sequence[Segment], options: CurateOptions, console: Console) -> None:
+    """The codes of every segment's user, in the cache."""
+    from envs.dialogues import padded_user_audio
+    from rlhf_duplex.data.codes import open_cache
+    from rlhf_duplex.policy.bundle import load_bundle
+
+    assert options.encode is not None
+    codec = load_bundle(options.encode, options.device).codec
+    cache = open_cache(options.codes_cache, codec)
+    if cache is None:
+        raise InputError("--encode needs a folder to keep the codes in: give --codes-cache FOLDER")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        for segment in bar.track(segments, description="encoding users"):
+            cache.encode(codec, padded_user_audio(segment, codec, options.lead_in))
+    damaged = f" ({cache.damaged} of them damaged before)" if cache.damaged else ""
+    console.print(
+        f"encoded {cache.encoded} segments{damaged}, {cache.reused} were in {cache.folder} already", soft_wrap=True
+    )

@@ -1,0 +1,262 @@
+"""`rlhf-duplex curate` as a whole: killed and gone on with, on several workers, on a page."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from envs import InputError, read_manifest
+from rlhf_duplex.cli import main
+from rlhf_duplex.data.curate import curate
+from rlhf_duplex.data.options import Criteria, CurateOptions, VoiceActivity
+from rlhf_duplex.trainer import NANO_DATA
+
+ROOT = Path(__file__).parents[2]
+SHORT = Criteria(pause_min=2.0, turn_min=1.5, backchannel_min=2.0, interruption_min=1.0)  # nano's dialogues are short
+SHORT_ARGUMENTS = ["--pause-min", "2", "--turn-min", "1.5", "--backchannel-min", "2", "--interruption-min", "1"]
+
+
+def make_corpus(folder, count):
+    """Held-out dialogues of nano, as many of each axis, listed as moshi-finetune lists them."""
+    folder.mkdir()
+    rows = []
+    for number in range(count):
+        for suffix in (".ogg", ".json"):
+            source = NANO_DATA / "heldout" / f"{200 * number // count:04d}{suffix}"
+            shutil.copy(source, folder / f"{number:04d}{suffix}")
+        rows.append(
+            {"path": f"{number:04d}.ogg", "duration": soundfile.info(str(folder / f"{number:04d}.ogg")).duration}
+        )
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "nano", 40)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """What a run that nothing stopped writes, beside the corpus as all runs here are."""
+    out = corpus.parent.parent / "whole.jsonl"
+    summary = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0))
+    assert summary.done_before == 0
+    return out, summary
+
+
+def times_of_records(out):
+    return {path.name: path.stat().st_mtime_ns for path in out.with_suffix(".work").glob("*.json")}
+
+
+def test_the_manifest_trains(whole):
+    out, summary = whole
+    segments = read_manifest(out)
+    assert {s.axis for s in segments} == {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
+    counts = {axis: sum(s.axis == axis for s in segments) for axis in summary.found}
+    assert counts == {axis: min(8, met) for axis, met in summary.found.items()}
+    assert len({s.recording for s in segments if s.axis == "turn_taking"}) == 8  # spread
+    assert all(s.transcript for s in segments if s.user_channel == 1)
+    assert (summary.recordings, summary.transcripts, summary.problems) == (40, 40, [])
+
+
+def test_killed_three_times_it_writes_the_same_and_does_nothing_twice(corpus, whole):
+    out = whole[0].with_name("killed.jsonl")
+    command = [sys.executable, "-m", "rlhf_duplex.cli", "curate", str(corpus), "--out", str(out), "--per-axis", "8"]
+    command += [*SHORT_ARGUMENTS, "--examples", "0"]
+    draw = random.Random(7)
+    done = {}
+    for goal in sorted(draw.sample(range(2, 35), 3)):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while len(times_of_records(out)) < goal:  # a random moment after so many recordings
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "nothing was done within 120 s"
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        assert not out.exists()
+        now = times_of_records(out)
+        assert done.items() <= now.items()  # what was done is as it was, not written again
+        done = now
+    assert len(done) < 40
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    assert f"of them read before {len(done)}" in " ".join(finished.stdout.split())
+    assert done.items() <= times_of_records(out).items()
+    assert out.read_bytes() == whole[0].read_bytes()
+
+
+def test_two_workers_write_the_same(corpus, whole):
+    out = whole[0].with_name("workers.jsonl")
+    wrong = corpus.with_name("wrong.ogg")
+    wrong.write_bytes(b"OggS and no more")
+    listing = corpus.with_name("more.jsonl")
+    listing.write_text(corpus.read_text() + '{"path": "wrong.ogg"}\n')
+    summary = curate(listing, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0, workers=2))
+    assert [problem.recording for problem in summary.problems] == ["wrong"]
+    assert out.read_bytes() == whole[0].read_bytes()
+    with pytest.raises(InputError, match=r"wrong: recording .*wrong.ogg cannot be read"):
+        curate(listing, out, CurateOptions(criteria=SHORT, workers=2, strict=True))
+
+
+def test_other_thresholds_need_no_second_hearing(corpus, whole):
+    out = whole[0]
+    before = out.read_bytes(), times_of_records(out)
+    summary = curate(corpus, out, CurateOptions(criteria=Criteria(pause_min=3.0), per_axis=5, examples=0))
+    assert summary.done_before == 40
+    assert times_of_records(out) == before[1]
+    assert out.read_bytes() != before[0]
+    summary = curate(
+        corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0, voice=VoiceActivity(vad_threshold=0.6))
+    )
+    assert summary.done_before == 0  # another way of hearing is another result
+    curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0))
+    assert out.read_bytes() == before[0]
+
+
+def test_changed_audio_and_a_damaged_record_are_done_again(tmp_path):
+    listing = make_corpus(tmp_path / "c", 3)
+    options = CurateOptions(criteria=SHORT, examples=0)
+    out = tmp_path / "out.jsonl"
+    curate(listing, out, options)
+    first = out.read_bytes()
+    (damaged, *_) = sorted(out.with_suffix(".work").glob("*.json"))
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert curate(listing, out, options).done_before == 2
+    assert out.read_bytes() == first
+    shutil.copy(tmp_path / "c" / "0001.ogg", tmp_path / "c" / "0002.ogg")
+    assert curate(listing, out, options).done_before == 2
+    assert out.read_bytes() != first
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
+    make_corpus(tmp_path / "c", 1)
+    wrong = [
+        ([str(tmp_path / "nowhere"), "--out", str(tmp_path / "o.jsonl")], "does not exist: give a folder"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.json")], "must end in .jsonl"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "c" / "data.jsonl" / "o.jsonl")], "cannot be written"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--turn-min", "-1"], "--turn-min must be"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--turn-min", "nan"], "--turn-min must be"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--per-axis", "0"], "--per-axis must be at least 1"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--vad-threshold", "1"], "between 0 and 1"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--encode", "noo"], "checkpoint 'noo' is no folder"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--max-pause", "0.1"], "there would be no pauses"),
+        ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--pause-min", "99"], "no segment that meets"),
+    ]
+    for arguments, message in wrong:
+        assert main(["curate", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_encoded_users_are_those_that_training_reads(tmp_path, nano, capsys):
+    make_corpus(tmp_path / "c", 4)
+    out, codes = tmp_path / "segments.jsonl", tmp_path / "codes"
+    curating = [
+        "curate",
+        str(tmp_path / "c"),
+        "--out",
+        str(out),
+        *SHORT_ARGUMENTS,
+        "--user-channel",
+        "1",
+        "--examples",
+        "0",
+    ]
+    assert main([*curating, "--encode", "nano", "--lead-in", "0.4", "--codes-cache", str(codes)]) == 0
+    entries = {path: path.stat().st_mtime_ns for path in codes.rglob("*.safetensors")}
+    segments = read_manifest(out)
+    assert len(entries) == len(segments) > 0
+    assert f"encoded {len(segments)} segments, 0 were in" in capsys.readouterr().out
+    small = [
+        "trainer.updates=1",
+        "trainer.groups=1",
+        "trainer.group_size=2",
+        "evaluation.limit=1",
+        "context.lead_in=0.4",
+    ]
+    run = ["train", "checkpoint=nano", f"segments={out}", f"run_dir={tmp_path / 'run'}", f"codes_cache={codes}"]
+    assert main([*run, *small, "context.probability=0"]) == 0
+    # Training and both evaluations played segments, and no code had to be made for any of them.
+    assert {path: path.stat().st_mtime_ns for path in codes.rglob("*.safetensors")} == entries
+    capsys.readouterr()
+    assert main([*curating, "--encode", "nano", "--lead-in", "0.4", "--codes-cache", str(codes)]) == 0
+    assert f"encoded 0 segments, {len(segments)} were in" in capsys.readouterr().out
+
+
+class _Page(HTMLParser):
+    """The tags of a page and their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_shows_a_random_handful_of_each_axis_with_audio(tmp_path):
+    hostile = "<script>alert(1)</script>&<img src=x onerror=alert(2)>"
+    listing = make_corpus(tmp_path / "c", 60)
+    for path in (tmp_path / "c").glob("*.json"):
+        path.write_text(json.dumps({"alignments": [[hostile, [1.0, 1.5], "SPEAKER_OTHER"]]}))
+    out = tmp_path / "segments.jsonl"
+    curate(listing, out, CurateOptions(criteria=SHORT, examples=2, seed=1))
+    text = out.with_suffix(".html").read_text()
+    page = _Page(text)
+    shown = [attributes["aria-labelledby"] for tag, attributes in page.tags if tag == "article"]
+    assert len(shown) == 2 * 4
+    sounds = [attributes["src"] for tag, attributes in page.tags if tag == "audio"]
+    assert len(sounds) == 2 * 4
+    assert all(sound.startswith("data:audio/ogg;base64,") for sound in sounds)
+    assert sum(tag == "svg" and attributes.get("class") == "timeline" for tag, attributes in page.tags) == 2 * 4
+    assert hostile in page.text
+    assert "<img src=x" not in text
+    assert not any(
+        attributes.get(name, "").startswith("http") for _, attributes in page.tags for name in ("src", "href")
+    )
+    for words in ("Turn-taking: reward", "hits 1", "Recordings used", "user's utterance shorter than"):
+        assert words in page.text
+    curate(listing, out, CurateOptions(criteria=SHORT, examples=2, seed=2))
+    assert _Page(out.with_suffix(".html").read_text()).text != page.text
+
+
+def test_a_split_recording_is_played_by_the_environment(tmp_path, nano, silero, spoken):
+    """Two mono files a dialogue train as one stereo file does."""
+    for channel, name in enumerate(("P0001", "P0002")):
+        soundfile.write(str(tmp_path / f"V00_S0001_I00000001_{name}.wav"), spoken.audio[:, channel], spoken.rate)
+    soundfile.write(str(tmp_path / "both.wav"), spoken.audio, spoken.rate)
+    options = CurateOptions(format="seamless", user_channel="1")
+    curate(tmp_path, tmp_path / "split.jsonl", options)
+    (split,) = read_manifest(tmp_path / "split.jsonl")
+    line = json.loads((tmp_path / "split.jsonl").read_text())
+    assert line["recording"] == "V00_S0001_I00000001_P0002.wav"
+    assert line["agent_recording"] == "V00_S0001_I00000001_P0001.wav"
+    from envs.dialogues import padded_user_audio
+    from envs.segments import Segment
+
+    stereo = Segment("s", split.axis, tmp_path / "both.wav", 1, split.start, split.end, split.events)
+    assert np.array_equal(padded_user_audio(split, nano.codec, 1.0), padded_user_audio(stereo, nano.codec, 1.0))
+    assert np.array_equal(split.agent_audio(16000), stereo.agent_audio(16000))
+    run = ["train", f"segments={tmp_path / 'split.jsonl'}", f"run_dir={tmp_path / 'run'}", "context.lead_in=0.2"]
+    assert main([*run, "trainer.updates=1", "trainer.groups=1", "trainer.group_size=2"]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -1,0 +1,40 @@
+from collections import Counter
+from pathlib import Path
+
+from rlhf_duplex.data.criteria import Candidate
+from rlhf_duplex.data.recordings import Recording, Side
+from rlhf_duplex.data.selection import Found, spread
+
+
+def corpus(counts):
+    """Candidates from (recording, user's speaker, how many)."""
+    found = []
+    for name, speaker, count in counts:
+        recording = Recording(name, (Side(Path(name), 0, speaker), Side(Path(name), 1, "other")))
+        found += [Found(recording, 0, Candidate("turn_taking", 10.0 * n, 10.0 * n + 5, {})) for n in range(count)]
+    return found
+
+
+COUNTS = [("r0", "ann", 50), ("r1", "ann", 2), ("r2", "bob", 3), ("r3", "eve", 1)]
+
+
+def test_every_speaker_before_any_a_second_time_and_every_recording_of_theirs():
+    chosen = spread(corpus(COUNTS), 3, seed=0)
+    assert Counter(item.speaker for item in chosen) == {"ann": 1, "bob": 1, "eve": 1}
+    chosen = spread(corpus(COUNTS), 9, seed=0)
+    # 1 of eve, 3 of bob, the rest of ann: 2 of r1 and 3 of r0, taken in turn.
+    assert Counter(item.recording.id for item in chosen) == {"r3": 1, "r2": 3, "r1": 2, "r0": 3}
+
+
+def test_the_choice_depends_on_the_seed_and_on_nothing_else():
+    found = corpus(COUNTS)
+    ids = [item.id for item in spread(found, 9, seed=0)]
+    assert ids == [item.id for item in spread(found[::-1], 9, seed=0)]
+    assert len({tuple(item.id for item in spread(found, 9, seed=seed)) for seed in range(5)}) == 5
+    assert sorted(item.id for item in spread(found, 1000, seed=3)) == sorted(item.id for item in found)
+
+
+def test_the_choice_is_a_random_one():
+    # Of 50 alike, each of 400 seeds takes one: all but a few are taken at some time (50 * (49/50)^400 = 0.02 missing).
+    taken = {spread(corpus([("r0", "ann", 50)]), 1, seed=seed)[0].id for seed in range(400)}
+    assert len(taken) >= 48
