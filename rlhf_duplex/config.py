@@ -66,7 +66,7 @@ class OptimiserConfig:
 class SamplingConfig:
     """How tokens are drawn [text 0.7, audio 0.8, audio top-k 250]; see `rlhf_duplex.policy.sampling.Sampling`."""
 
-    text_temperature: float = 1.0
+    text_temperature: float = 0.7
     text_top_k: int = 0
     audio_temperature: float = 0.8
     audio_top_k: int = 0
