@@ -1,0 +1,1 @@
+"""From recordings and logs to training data: segments and preference pairs."""
