@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_duplex.data.arguments import add_commands as add_pair_commands
+
 TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml
   rlhf-duplex train configs/quickstart.yaml trainer.updates=5 run_dir=runs/short
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("run_dir", type=Path)
+    add_pair_commands(commands)
     return parser
 
 
@@ -67,6 +70,11 @@ def _run(options: argparse.Namespace) -> int:
         from rlhf_duplex.report.build import build_report
 
         print(f"wrote {build_report(options.run_dir)}")
+        return 0
+    if options.command in ("pairs", "converse"):
+        from rlhf_duplex.pairs import run_converse, run_pairs
+
+        (run_pairs if options.command == "pairs" else run_converse)(options)
         return 0
     from rlhf_duplex.config import load_config
 

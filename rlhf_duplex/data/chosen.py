@@ -20,8 +20,8 @@ from envs.segments import Segment
 from envs.speech import Interval, SpeechDetector
 from envs.utterances import Utterance, clip_intervals
 from rewards.turn_taking import TurnTaking
-from rlhf_duplex.data.conversation import Conversation, Word
 from rlhf_duplex.data.content import reply_words
+from rlhf_duplex.data.conversation import Conversation, Word
 from rlhf_duplex.data.options import PairOptions
 from rlhf_duplex.data.problems import Problem
 from rlhf_duplex.data.streams import Streams
@@ -174,7 +174,7 @@ def drawn_reply(
     Raises:
         Unusable: none of the replies is good enough.
     """
-    user, log, rate = problem.user, dialogue.log, streams.frame_rate
+    user, log = problem.user, dialogue.log
     assert user is not None
     turn = streams.frames_in(user.end)
     following = [u.start for u in dialogue.user if u.start > user.start]

@@ -38,9 +38,13 @@ RUBRIC = Rubric(
 )
 
 
+LEAD_SECONDS = 0.5  # the inner monologue may run so far ahead of the speech
+
+
 def reply_words(words: Sequence[Word], reply: Utterance, previous_end: float) -> list[Word]:
-    """The words of an utterance: those that begin after the one before has ended and before this one ends."""
-    return [word for word in words if previous_end <= word.start < reply.end]
+    """The words of an utterance: those that begin in it, or up to half a second ahead but not in the one before."""
+    first = max(previous_end, reply.start - LEAD_SECONDS)
+    return [word for word in words if first <= word.start < reply.end]
 
 
 def question(conversation: Conversation, reply: Utterance, words: Sequence[Word]) -> Question:

@@ -1,7 +1,7 @@
 """Logged conversations in the layout of moshi-finetune: stereo audio, left agent and right user, words beside it.
 
-A corpus is a JSON Lines file of `{"path": ..., "duration": ...}` (paths relative to it), or a folder: with one such file
-in it, or simply with stereo files. Beside `x.wav` lies `x.json`::
+A corpus is a JSON Lines file of `{"path": ..., "duration": ...}` (paths relative to it), or a folder: with one such
+file in it, or simply with stereo files. Beside `x.wav` lies `x.json`::
 
     {"alignments": [["hello", [0.52, 0.81], "SPEAKER_MAIN"], ...]}
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.audio import audio_info, read_audio
+from envs.audio import audio_info, read_audio, write_audio
 from envs.errors import InputError
 from envs.speech import Interval
 
@@ -238,15 +238,13 @@ def write_conversation(
     user_words: Sequence[Word],
 ) -> Entry:
     """Write a dialogue in this layout: `path` (stereo) and the `.json` beside it."""
-    from envs.audio import write_audio
-
     length = max(len(agent_audio), len(user_audio))
     stereo = np.zeros((length, 2), dtype=np.float32)
     stereo[: len(agent_audio), AGENT_CHANNEL] = agent_audio
     stereo[: len(user_audio), USER_CHANNEL] = user_audio
-    rows = [[w.text, [round(w.start, 3), round(w.end, 3)], AGENT_LABEL] for w in agent_words]
-    rows += [[w.text, [round(w.start, 3), round(w.end, 3)], USER_LABEL] for w in user_words]
-    rows.sort(key=lambda row: row[1])
+    said = [(word, AGENT_LABEL) for word in agent_words] + [(word, USER_LABEL) for word in user_words]
+    said.sort(key=lambda entry: entry[0].start)
+    rows = [[word.text, [round(word.start, 3), round(word.end, 3)], label] for word, label in said]
     write_audio(path, stereo, sample_rate)
     path.with_suffix(".json").write_text(json.dumps({"alignments": rows}, ensure_ascii=False) + "\n", encoding="utf-8")
     return Entry(path.with_suffix("").name, path, length / sample_rate)

@@ -1,13 +1,14 @@
 """From logged conversations to pairs: a batch of dialogues is read, its problems are found, pairs are built.
 
 In each dialogue problems are taken in the order of time until there are as many pairs as wanted (two: the first
-problem, and at most one more, as in arXiv 2506.21463); a problem that no pair can be made of is counted and passed over.
+problem, and at most one more, as in arXiv 2506.21463); a problem that no pair can be made of is counted and passed
+over.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,6 @@ class ConversationPairs:
     options: PairOptions
     judge: Judge | None = None
     synthesiser: Synthesiser | None = None
-    _level: Callable[[np.ndarray], float] = field(default=lambda a: float(np.sqrt(np.mean(a**2))) if len(a) else 0.0)
 
     def make(self, entries: Sequence[Entry]) -> list[Part | None]:
         """A part for each entry; None where the judge did not answer, so that the dialogue is left for another run.
@@ -176,11 +176,12 @@ class ConversationPairs:
             raise Unusable("the rewrite is the reply itself")
         rate = dialogue.log.sample_rate
         unit = problem.reply.units[0]
-        level = self._level(dialogue.log.agent_audio[round(unit.start * rate) : round(unit.end * rate)])
+        spoken = dialogue.log.agent_audio[round(unit.start * rate) : round(unit.end * rate)]
+        level = float(np.sqrt(np.mean(spoken**2)))
         try:
             return fitted(self.synthesiser.speak(text), text, rate, level, self.detector)
         except InputError as error:
-            raise Unusable(str(error)) from error
+            raise Unusable("the synthesiser said nothing") from error
 
 
 def _pair(entry: Entry, number: int, problem: Problem, made: Continuations, details: dict[str, Any]) -> Pair:

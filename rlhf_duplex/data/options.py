@@ -3,10 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from envs.errors import InputError
-
-DEVICES_HELP = "cpu, cuda, cuda:1..."
-
 
 @dataclass(frozen=True)
 class PairOptions:
@@ -56,6 +52,8 @@ class PairOptions:
     audio_top_k: int = 250
 
     def __post_init__(self) -> None:
+        from envs.errors import InputError  # `envs` imports torch
+
         counts = {"candidates": 1, "max_pairs": 1, "group_size": 2, "batch_size": 1, "audio_top_k": 0, "seed": 0}
         for name, low in counts.items():
             if getattr(self, name) < low:

@@ -164,9 +164,7 @@ def _order(name: str, seed: int) -> bytes:
 
 
 def _content(pair: Pair) -> bytes:
-    """What makes two pairs one: the same problem (kind, context and rejected) after the same words."""
-    digest = hashlib.sha256(pair.kind.encode())
-    # Drawn replies differ from one copy of a recording to the next; the problem is the same.
-    for tokens in (torch.cat([pair.context, pair.rejected], dim=1),):
-        digest.update(str(tuple(tokens.shape)).encode() + tokens.to(torch.int32).contiguous().numpy().tobytes())
-    return digest.digest()
+    """What makes two pairs one: the same problem in the same dialogue (kind, context and rejected)."""
+    # A drawn reply differs from one copy of a recording to the next, and with it the frame at which the two part.
+    tokens = torch.cat([pair.context, pair.rejected], dim=1).to(torch.int32).contiguous()
+    return hashlib.sha256(f"{pair.kind} {tuple(tokens.shape)}".encode() + tokens.numpy().tobytes()).digest()
