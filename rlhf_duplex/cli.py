@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf-duplex: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rlhf-duplex: stopped; a training run goes on with resume=true", file=sys.stderr)
+        print("rlhf-duplex: stopped; training goes on with resume=true, pairs with the same command", file=sys.stderr)
         return 130
 
 

@@ -173,7 +173,14 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
     if not arguments.judge_url or not arguments.judge_model:
         raise InputError("a judge needs both --judge-url and --judge-model")
 
-    return Judge(JudgeConfig(arguments.judge_url, arguments.judge_model, arguments.judge_key_variable))
+    config = JudgeConfig(
+        arguments.judge_url,
+        arguments.judge_model,
+        arguments.judge_key_variable,
+        timeout=arguments.judge_timeout,
+        retries=arguments.judge_retries,
+    )
+    return Judge(config)
 
 
 def _from_rollouts(arguments: argparse.Namespace, options: PairOptions) -> Path:

@@ -72,6 +72,12 @@ def add_commands(commands: Any) -> None:
     judge.add_argument("--judge-url", help="an endpoint that speaks OpenAI's chat completions, up to and with /v1")
     judge.add_argument("--judge-model", help="the endpoint's name of the model")
     judge.add_argument("--judge-key-variable", metavar="NAME", help="environment variable that holds the key")
+    judge.add_argument(
+        "--judge-timeout", type=float, default=60.0, metavar="X", help="seconds for a call (default: 60)"
+    )
+    judge.add_argument(
+        "--judge-retries", type=int, default=4, metavar="X", help="calls after a failed one (default: 4)"
+    )
     judge.add_argument("--synthesiser", help="speaks rewrites: hibari (nano's voice) or moshi (default: by checkpoint)")
     judge.add_argument("--voice", help="of the synthesiser moshi")
     page = pairs.add_argument_group("page to look at and listen to")

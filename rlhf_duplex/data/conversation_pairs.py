@@ -147,7 +147,7 @@ class ConversationPairs:
             verdict = verdicts.get(problem)
             if verdict is not None:
                 details["judge"] = marks(verdict)
-            pairs.append(_pair(entry, len(pairs), problem, made, details))
+            pairs.append(_pair(entry, len(pairs), problem, made, details, dialogue, self.streams.frame_rate))
         return Part(tuple(pairs), +counts)
 
     def _continuations(
@@ -184,13 +184,26 @@ class ConversationPairs:
             raise Unusable("the synthesiser said nothing") from error
 
 
-def _pair(entry: Entry, number: int, problem: Problem, made: Continuations, details: dict[str, Any]) -> Pair:
+def _pair(
+    entry: Entry,
+    number: int,
+    problem: Problem,
+    made: Continuations,
+    details: dict[str, Any],
+    dialogue: Dialogue,
+    frame_rate: float,
+) -> Pair:
+    end = made.start + (made.context.shape[1] + made.chosen.shape[1]) / frame_rate
     provenance = {
         "source": "conversations",
         "dialogue": entry.id,
         "recording": str(entry.path),
         "time": problem.time,
         "start": made.start,
+        # The user's words within the pair, in the form of a segment's transcript.
+        "transcript": [
+            [w.text, [w.start, w.end], "user"] for w in dialogue.log.user_words if made.start <= w.start < end
+        ],
         **details,
     }
     return Pair(

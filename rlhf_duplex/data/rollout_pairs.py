@@ -83,6 +83,7 @@ def _part(
         "segment": segment.id,
         "axis": segment.axis,
         "events": segment.events,
+        "transcript": list(segment.transcript),
         "start": segment.start - episode.scored_from,  # of the context, in seconds of the recording (minus: lead-in)
         "rewards": [totals.get(i) for i in range(len(episodes))],
         "chosen": _told(scores[best], episodes[best], seeds[best]),

@@ -96,6 +96,7 @@ def _episode(
         events = provenance["events"]
     elif provenance.get("user_end") is not None:
         events = {"user_turn_end": _number(provenance["user_end"])}
+    transcript = provenance.get("transcript") or []
     segment = Segment(
         pair.id,
         pair.kind if pair.kind in SEGMENT_AXES else "turn_taking",
@@ -104,6 +105,7 @@ def _episode(
         start + scored_from,
         start + duration,
         events,
+        tuple(tuple(word) for word in transcript if isinstance(word, list | tuple)),
     )
     return Episode(
         segment,
