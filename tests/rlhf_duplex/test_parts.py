@@ -38,13 +38,12 @@ def test_so_many_dialogues_are_held_out(count, share, expected):
 
 def test_a_dialogue_is_on_one_side_whatever_is_done_yet():
     names = [f"d{n}" for n in range(10)]
-    everything = parts(
-        **{name: [pair(name + "0", content=2 * n), pair(name + "1", content=2 * n + 1)] for n, name in enumerate(names)}
-    )
+    made = {f"d{n}": [pair(f"d{n}-0", content=2 * n), pair(f"d{n}-1", content=2 * n + 1)] for n in range(10)}
+    everything = parts(**made)
     kept, _ = assemble(everything, names, 0.3, False, 7)
     split = {p.id: p.split for p in kept}
     assert Counter(split.values()) == {"train": 14, "heldout": 6}
-    assert all(split[f"{name}0"] == split[f"{name}1"] for name in names)
+    assert all(split[f"{name}-0"] == split[f"{name}-1"] for name in names)
     partly, _ = assemble(everything[:4], names, 0.3, False, 7)
     assert all(split[p.id] == p.split for p in partly)
 
