@@ -57,7 +57,7 @@ def run_converse(arguments: argparse.Namespace) -> Path:
         raise InputError(f"--samples must be at least 1, found {arguments.samples}")
     if not 0 <= arguments.tail < 3600:
         raise InputError(f"--tail must be seconds from 0 to 3600, found {arguments.tail}")
-    segments = _segments(arguments.segments)
+    segments, _ = _segments(arguments.segments)
     _check_writable(arguments.out / "conversations.jsonl")
     bundle, policy, streams = _load(arguments.checkpoint, options)
 
@@ -101,9 +101,10 @@ def run_pairs(arguments: argparse.Namespace) -> Path:
     return run(arguments, options)
 
 
-def _segments(name: str) -> list[Segment]:
-
-    return read_manifest(NANO_DATA / "train" / "segments.jsonl" if name == "nano" else Path(name))
+def _segments(name: str) -> tuple[list[Segment], Path]:
+    """The segments of a manifest (or nano's), and its folder."""
+    path = NANO_DATA / "train" / "segments.jsonl" if name == "nano" else Path(name)
+    return read_manifest(path), path.parent
 
 
 def _check_writable(path: Path) -> None:
@@ -184,7 +185,7 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
 
 
 def _from_rollouts(arguments: argparse.Namespace, options: PairOptions) -> Path:
-    segments = _segments(arguments.corpus)
+    segments, folder = _segments(arguments.corpus)
     _check_writable(arguments.out)
 
     detector = SileroDetector()
@@ -198,10 +199,10 @@ def _from_rollouts(arguments: argparse.Namespace, options: PairOptions) -> Path:
     keys = [str([s.to_json(), file_state(s.recording)]) for s in segments]
 
     def make(batch: Sequence[Segment]) -> list[Part]:
-        return rollout_parts(policy, env, rewards, batch, options)
+        return rollout_parts(policy, env, rewards, batch, options, folder)
 
     done = _make(store, keys, segments, make, max(1, options.batch_size // options.group_size), "segments", False)
-    names = [dialogue_of(segment) for segment in segments]
+    names = [dialogue_of(segment, folder) for segment in segments]
     named = [(name, part) for name, part in zip(names, done, strict=True) if part is not None]
     return _finish(arguments, options, bundle, streams, store, named, names, [], 0, "")
 

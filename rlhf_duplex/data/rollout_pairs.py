@@ -1,6 +1,7 @@
 """From rollouts to pairs: G episodes of a segment, the best against the worst by the reward axes."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,13 @@ def rollout_parts(
     rewards: RewardFunction,
     segments: Sequence[Segment],
     options: PairOptions,
+    folder: Path,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Part]:
     """A part for each segment, with a pair where best and worst of its G episodes lie `margin` or more apart.
 
     An episode's seed comes from the segment's id, so that its pair does not depend on what else is played.
+    `folder` is the manifest's.
     """
     size = options.group_size
     keys = [int.from_bytes(hashlib.sha256(s.id.encode()).digest()[:4], "big") for s in segments]
@@ -45,7 +48,7 @@ def rollout_parts(
     parts = []
     for index, segment in enumerate(segments):
         group = slice(index * size, (index + 1) * size)
-        parts.append(_part(segment, episodes[group], scores[group], seeds[group], rewards, options, policy))
+        parts.append(_part(segment, episodes[group], scores[group], seeds[group], rewards, options, folder))
     return parts
 
 
@@ -56,7 +59,7 @@ def _part(
     seeds: Sequence[int],
     rewards: RewardFunction,
     options: PairOptions,
-    policy: MoshiPolicy,
+    folder: Path,
 ) -> Part:
     counts = Counter({"segments": 1, f"segments: {segment.axis}": 1, "episodes": len(episodes)})
     judged = [i for i, row in enumerate(scores) if any(score is not None for score in row.values())]
@@ -78,7 +81,7 @@ def _part(
     span = (max(0, first - shared), won.shape[1] - shared)
     provenance: dict[str, Any] = {
         "source": "rollouts",
-        "dialogue": dialogue_of(segment),
+        "dialogue": dialogue_of(segment, folder),
         "recording": str(segment.recording),
         "segment": segment.id,
         "axis": segment.axis,
@@ -103,9 +106,9 @@ def _part(
     return Part((pair,), counts)
 
 
-def dialogue_of(segment: Segment) -> str:
-    """What a segment's pair is split by: its recording, whichever side the agent takes."""
-    return str(Path(segment.recording).resolve())
+def dialogue_of(segment: Segment, folder: Path) -> str:
+    """What a segment's pair is split by: its recording (relative to the manifest's folder), whoever is the agent."""
+    return Path(os.path.relpath(segment.recording, folder)).as_posix()
 
 
 def _columns(episode: Episode) -> torch.Tensor:
