@@ -293,45 +293,6 @@ def test_the_page_shows_and_plays_both_sides(made, opened):
     assert page.tags["b"] == 0
 
 
-def test_a_judge_that_stops_answering_loses_nothing(logs, made, tmp_path, capsys):
-    """Answers to some questions, then only 503: the pairs so far are kept, and the rest is made later."""
-    server = PairJudge(answers=4)
-    out = tmp_path / "pairs.jsonl"
-    quick = ("--judge-retries", "0", "--batch-size", "3", "--heldout", "0.25")
-    options = (*TIMING, *quick, "--judge-url", server.url, "--judge-model", "replies")
-    try:
-        assert pairs_command(logs, out, *options) == 2
-        message = capsys.readouterr().err
-        assert "the judge did not answer for" in message
-        assert "overloaded" in message
-        assert "run the same command again to go on" in message
-        partly = read_pairs(out)
-        whole = read_pairs(made)
-        assert 0 < len(partly) < len(whole)
-        assert {p.id for p in partly} < {p.id for p in whole}
-        answered = len(server.asked)
-        server.answers = None
-        assert pairs_command(logs, out, *options) == 0
-        assert "are done" in capsys.readouterr().out
-        assert len(server.asked) > answered
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert out.read_text() == made.read_text()
-    names = [sorted(p.name for p in shard_folder(path).iterdir()) for path in (out, made)]
-    assert names[0] == names[1]
-    assert not out.with_name("pairs.parts").exists()
-
-
-def test_a_judge_that_is_not_there(logs, tmp_path, capsys):
-    out = tmp_path / "pairs.jsonl"
-    assert pairs_command(logs, out, "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m") == 2
-    assert "cannot be reached" in capsys.readouterr().err
-    assert pairs_command(logs, out, "--judge-url", "http://127.0.0.1:9/v1") == 2
-    assert "needs both --judge-url and --judge-model" in capsys.readouterr().err
-    assert not out.exists()
-
-
 @pytest.fixture
 def interrupted(opened):
     """The dialogue of an interruption."""
@@ -348,6 +309,44 @@ def corpus(logs, interrupted, tmp_path):
         for suffix in (".wav", ".json"):
             shutil.copy(logs / f"{name}{suffix}", folder)
     return folder
+
+
+def test_a_judge_that_stops_answering_loses_nothing(corpus, judge, tmp_path, capsys):
+    """Answers to some questions, then only 503: the pairs so far are kept, and the rest is made later."""
+    server = PairJudge(answers=2)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "pairs.jsonl"
+    quick = ("--judge-retries", "0", "--batch-size", "1", "--page-pairs", "0", "--judge-model", "replies")
+    try:
+        assert pairs_command(corpus, whole, *TIMING, *quick, "--judge-url", judge.url) == 0
+        capsys.readouterr()
+        assert pairs_command(corpus, out, *TIMING, *quick, "--judge-url", server.url) == 2
+        message = capsys.readouterr().err
+        assert "the judge did not answer for" in message
+        assert "overloaded" in message
+        assert "run the same command again to go on" in message
+        partly = read_pairs(out)
+        assert {p.id for p in partly} < {p.id for p in read_pairs(whole)}
+        answered = len(server.asked)
+        server.answers = None
+        assert pairs_command(corpus, out, *TIMING, *quick, "--judge-url", server.url) == 0
+        assert "are done" in capsys.readouterr().out
+        assert len(server.asked) > answered
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert out.read_text().replace("pairs.shards", "whole.shards") == whole.read_text()
+    names = [sorted(p.name for p in shard_folder(path).iterdir()) for path in (out, whole)]
+    assert names[0] == names[1]
+    assert not out.with_name("pairs.parts").exists()
+
+
+def test_a_judge_that_is_not_there(logs, tmp_path, capsys):
+    out = tmp_path / "pairs.jsonl"
+    assert pairs_command(logs, out, "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m") == 2
+    assert "cannot be reached" in capsys.readouterr().err
+    assert pairs_command(logs, out, "--judge-url", "http://127.0.0.1:9/v1") == 2
+    assert "needs both --judge-url and --judge-model" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_bad_recording_is_skipped_or_with_strict_ends_the_run(corpus, interrupted, tmp_path, capsys):
