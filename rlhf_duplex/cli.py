@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_duplex.data import options as curate_options
+from rlhf_duplex.data import curate_options
+from rlhf_duplex.data.pair_arguments import add_commands as add_pair_commands
 
 TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("run_dir", type=Path)
+    add_pair_commands(commands)
     return parser
 
 
@@ -68,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf-duplex: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "the same command goes on" if options.command == "curate" else "a training run goes on with resume=true"
-        print(f"rlhf-duplex: stopped; {again}", file=sys.stderr)
+        print(
+            "rlhf-duplex: stopped; training goes on with resume=true, the rest with the same command", file=sys.stderr
+        )
         return 130
 
 
@@ -83,6 +86,11 @@ def _run(options: argparse.Namespace) -> int:
         from rlhf_duplex.report.build import build_report
 
         print(f"wrote {build_report(options.run_dir)}")
+        return 0
+    if options.command in ("pairs", "converse"):
+        from rlhf_duplex.pairs import run_converse, run_pairs
+
+        (run_pairs if options.command == "pairs" else run_converse)(options)
         return 0
     from rlhf_duplex.config import load_config
 

@@ -1,6 +1,6 @@
 """Readers of corpora on disk: each finds recordings, their transcripts, and speech times where the corpus has them.
 
-A new layout is one class here and its name in `rlhf_duplex.data.options.FORMATS`.
+A new layout is one class here and its name in `rlhf_duplex.data.curate_options.FORMATS`.
 """
 
 import csv
@@ -75,7 +75,7 @@ def find_corpus(path: Path, layout: str = "auto") -> tuple[str, list[Recording],
 
     Args:
         path: a .jsonl or a folder.
-        layout: one of `rlhf_duplex.data.options.FORMATS`; `auto` takes the first that its files look like.
+        layout: one of `rlhf_duplex.data.curate_options.FORMATS`; `auto` takes the first that its files look like.
 
     Returns:
         The name of the layout, the recordings in order of their ids, and what cannot be used.

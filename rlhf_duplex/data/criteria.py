@@ -27,7 +27,7 @@ from typing import Any
 from envs.segments import SEGMENT_AXES
 from envs.speech import Interval
 from envs.utterances import Utterance, inter_pausal_units, utterances
-from rlhf_duplex.data.options import Criteria
+from rlhf_duplex.data.curate_options import Criteria
 
 # Times are sums of samples over rates: what is equal on paper may differ by a rounding error.
 _EPSILON = 1e-6

@@ -22,8 +22,8 @@ from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment, write_manifest
 from rlhf_duplex.data.corpora import CORPORA, find_corpus
 from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
+from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection, detect
-from rlhf_duplex.data.options import CurateOptions
 from rlhf_duplex.data.recordings import Problem, Recording, Word
 from rlhf_duplex.data.selection import Found, spread
 from rlhf_duplex.data.summary import print_summary
@@ -62,7 +62,7 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     Args:
         corpus: a .jsonl or a folder (see `rlhf_duplex.data.corpora`).
         out: path of the manifest; what is found of each recording is kept in a folder beside it (`NAME.work`).
-        options: see `rlhf_duplex.data.options`.
+        options: see `rlhf_duplex.data.curate_options`.
         console: where progress and the summary go.
 
     Raises:

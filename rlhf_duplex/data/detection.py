@@ -13,7 +13,7 @@ from envs.speech import Interval, SileroDetector
 from envs.streaming import stream_speech
 from envs.utterances import clip_intervals
 from rlhf_duplex.data.corpora import CORPORA
-from rlhf_duplex.data.options import VoiceActivity
+from rlhf_duplex.data.curate_options import VoiceActivity
 from rlhf_duplex.data.recordings import Recording, Word, check_recording, fingerprint
 
 _VERSION = 1

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from envs.segments import SEGMENT_AXES
-from rlhf_duplex.data.options import CurateOptions
+from rlhf_duplex.data.curate_options import CurateOptions
 
 if TYPE_CHECKING:
     from rlhf_duplex.data.curate import Summary

@@ -103,6 +103,29 @@ class MoshiPolicy:
             torch.zeros(longest, batch, device=self.device),
         )
 
+    @torch.no_grad()
+    def prefill(self, codes: torch.Tensor) -> None:
+        """Put what was already said into dialogues that were just begun, so that `act` goes on from there.
+
+        All frames go through the model at once. The delayed codes of the last column are drawn anew by the first
+        `act`, as it draws them for a column of its own.
+
+        Args:
+            codes: `(B, K, n)` as in `Trajectory.codes`, n at least 1 and less than the frames begun for.
+
+        Raises:
+            RuntimeError: `begin` was not called, frames were already played, or there are too many.
+        """
+        stream, frames = self._stream, codes.shape[2]
+        if stream is None or stream.frame > 0:
+            raise RuntimeError("a dialogue can be prefilled only right after begin")
+        if not 0 < frames < len(stream.noise):
+            raise RuntimeError(f"the dialogue was begun for {len(stream.noise)} frames, {frames} cannot be prefilled")
+        for index, delay in enumerate(self.lm.delays):
+            stream.grid[index, delay + 1 : delay + 1 + frames] = codes[:, index].T
+        self.lm.forward_text(stream.grid[:, :frames].permute(2, 0, 1))
+        stream.frame = frames
+
     def end(self) -> None:
         """Free the caches."""
         self._stream = None

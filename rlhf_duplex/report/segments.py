@@ -13,8 +13,8 @@ from envs.segments import Segment
 from envs.speech import Interval
 from envs.utterances import clip_intervals
 from rewards import Backchannel, PauseHandling, TurnTaking, UserInterruption
+from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection
-from rlhf_duplex.data.options import CurateOptions
 from rlhf_duplex.data.summary import axis_rows, facts
 from rlhf_duplex.report.labels import axis_title
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut

@@ -61,11 +61,12 @@ def failing(capsys, *arguments):
 def test_help_names_the_commands_and_imports_nothing_heavy():
     shown = run("--help")
     assert shown.returncode == 0
-    assert all(name in shown.stdout for name in ("curate", "train", "evaluate", "report"))
+    commands = ("curate", "pairs", "converse", "train", "evaluate", "report")
+    assert all(name in shown.stdout for name in commands)
     code = "import rlhf_duplex.cli, sys; rlhf_duplex.cli.build_parser(); print('torch' in sys.modules)"
     heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert heavy.stdout.strip() == "False"
-    for command in ("curate", "train", "evaluate", "report"):
+    for command in commands:
         assert "example" in run(command, "--help").stdout
 
 

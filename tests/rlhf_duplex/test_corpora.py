@@ -10,7 +10,7 @@ from envs import InputError, SileroDetector, read_manifest, recorded_episode
 from envs.audio import resample
 from rlhf_duplex.data.corpora import CORPORA, find_corpus
 from rlhf_duplex.data.curate import curate
-from rlhf_duplex.data.options import CurateOptions, VoiceActivity
+from rlhf_duplex.data.curate_options import CurateOptions, VoiceActivity
 
 
 def at_rate(spoken, rate):

@@ -4,7 +4,7 @@ import pytest
 
 from envs import Interval
 from rlhf_duplex.data.criteria import find_candidates
-from rlhf_duplex.data.options import Criteria
+from rlhf_duplex.data.curate_options import Criteria
 
 E = 0.01  # a hundredth of a second beyond an edge
 

@@ -18,7 +18,7 @@ import soundfile
 from envs import InputError, read_manifest
 from rlhf_duplex.cli import main
 from rlhf_duplex.data.curate import curate
-from rlhf_duplex.data.options import Criteria, CurateOptions, VoiceActivity
+from rlhf_duplex.data.curate_options import Criteria, CurateOptions, VoiceActivity
 from rlhf_duplex.trainer import NANO_DATA
 
 ROOT = Path(__file__).parents[2]

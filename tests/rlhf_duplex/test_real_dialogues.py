@@ -12,7 +12,7 @@ from envs.audio import resample
 from rewards import RewardFunction, RewardSpec
 from rlhf_duplex.cli import main
 from rlhf_duplex.data.curate import curate
-from rlhf_duplex.data.options import CurateOptions
+from rlhf_duplex.data.curate_options import CurateOptions
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "real_dialogues"
 pytestmark = pytest.mark.skipif(not (DATA / "truth.json").is_file(), reason=f"no recordings of people in {DATA}")

@@ -1,0 +1,130 @@
+"""From rollouts to pairs: G episodes of a segment, the best against the worst by the reward axes."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.episode import Episode
+from envs.frames import frame_at
+from envs.segments import Segment
+from envs.vector import DuplexDialogueVectorEnv
+from rewards.aggregate import RewardFunction
+from rewards.axis import Score
+from rlhf_duplex.data.pair import Pair
+from rlhf_duplex.data.pair_options import PairOptions
+from rlhf_duplex.data.parts import Part
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.rollout import episode_seed, rollout
+
+
+def rollout_parts(
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    rewards: RewardFunction,
+    segments: Sequence[Segment],
+    options: PairOptions,
+    folder: Path,
+    on_frame: Callable[[int], None] | None = None,
+) -> list[Part]:
+    """A part for each segment, with a pair where best and worst of its G episodes lie `margin` or more apart.
+
+    An episode's seed comes from the segment's id, so that its pair does not depend on what else is played.
+    `folder` is the manifest's.
+    """
+    size = options.group_size
+    keys = [int.from_bytes(hashlib.sha256(s.id.encode()).digest()[:4], "big") for s in segments]
+    seeds = [episode_seed(options.seed, key, member) for key in keys for member in range(size)]
+    repeated = [segment for segment in segments for _ in range(size)]
+    episodes = rollout(
+        policy, env, repeated, seeds, [0.0] * len(repeated), batch_size=options.batch_size, on_frame=on_frame
+    )
+    scores = rewards(episodes)
+    parts = []
+    for index, segment in enumerate(segments):
+        group = slice(index * size, (index + 1) * size)
+        parts.append(_part(segment, episodes[group], scores[group], seeds[group], rewards, options, folder))
+    return parts
+
+
+def _part(
+    segment: Segment,
+    episodes: Sequence[Episode],
+    scores: Sequence[Mapping[str, Score | None]],
+    seeds: Sequence[int],
+    rewards: RewardFunction,
+    options: PairOptions,
+    folder: Path,
+) -> Part:
+    counts = Counter({"segments": 1, f"segments: {segment.axis}": 1, "episodes": len(episodes)})
+    judged = [i for i, row in enumerate(scores) if any(score is not None for score in row.values())]
+    totals = {i: rewards.total(scores[i]) for i in judged}
+    if len(judged) < 2:
+        counts["dropped: no reward axis scores its episodes"] += 1
+        return Part((), counts)
+    best, worst = max(judged, key=totals.__getitem__), min(judged, key=totals.__getitem__)
+    if totals[best] - totals[worst] < max(options.margin, 1e-9):
+        counts[f"dropped: {segment.axis}, best and worst within the margin"] += 1
+        return Part((), counts)
+    won, lost = (_columns(episodes[i]) for i in (best, worst))
+    if torch.equal(won[0], lost[0]):
+        counts["dropped: best and worst have the same text stream"] += 1
+        return Part((), counts)
+    shared = int((won != lost).any(dim=0).nonzero()[0])  # what both have in common is context
+    episode = episodes[best]
+    first = frame_at(episode.scored_from, won.shape[1] / episode.duration)
+    span = (max(0, first - shared), won.shape[1] - shared)
+    provenance: dict[str, Any] = {
+        "source": "rollouts",
+        "dialogue": dialogue_of(segment, folder),
+        "recording": str(segment.recording),
+        "segment": segment.id,
+        "axis": segment.axis,
+        "events": segment.events,
+        "transcript": list(segment.transcript),
+        "start": segment.start - episode.scored_from,  # of the context, in seconds of the recording (minus: lead-in)
+        "rewards": [totals.get(i) for i in range(len(episodes))],
+        "chosen": _told(scores[best], episodes[best], seeds[best]),
+        "rejected": _told(scores[worst], episodes[worst], seeds[worst]),
+    }
+    pair = Pair(
+        id=segment.id,
+        kind=segment.axis,
+        split="train",
+        context=won[:, :shared],
+        chosen=won[:, shared:],
+        rejected=lost[:, shared:],
+        chosen_span=span,
+        rejected_span=span,
+        provenance=provenance,
+    )
+    return Part((pair,), counts)
+
+
+def dialogue_of(segment: Segment, folder: Path) -> str:
+    """What a segment's pair is split by: its recording (relative to the manifest's folder), whoever is the agent."""
+    return Path(os.path.relpath(segment.recording, folder)).as_posix()
+
+
+def _columns(episode: Episode) -> torch.Tensor:
+    """The episode's tokens `(K, T)` as the model has them."""
+    assert episode.text_tokens is not None
+    assert episode.audio_tokens is not None
+    return torch.from_numpy(np.concatenate([episode.text_tokens[None], episode.audio_tokens]))
+
+
+def _told(scores: Mapping[str, Score | None], episode: Episode, seed: int) -> dict[str, Any]:
+    return {
+        "scores": {
+            name: {"value": score.value, "details": score.details}
+            for name, score in scores.items()
+            if score is not None
+        },
+        "text": episode.text,
+        "seed": seed,
+    }
