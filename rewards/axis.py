@@ -30,7 +30,7 @@ from typing import Any, ClassVar, TypeVar
 
 from envs.episode import Episode
 from envs.errors import InputError
-from envs.segments import SEGMENT_AXES
+from envs.segments import SEGMENT_AXES, Segment
 
 ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
 
@@ -69,6 +69,27 @@ class RewardAxis:
     def score_episode(self, episode: Episode) -> Score | None:
         """The score of one episode of a segment that the axis applies to."""
         raise TypeError(f"reward axis '{self.name}' defines neither score nor score_episode: define one of them")
+
+    # The rest matters to axes that wait for something else than this processor; the others leave it as it is.
+
+    def prepare(self, segments: Sequence[Segment]) -> None:
+        """Called once, with all segments of the run, before a model is loaded: look whether `score` can work.
+
+        Raises:
+            InputError: it cannot; the run does not begin.
+        """
+
+    def begin(self, episodes: Sequence[Episode]) -> Callable[[], Sequence[Score | None]]:
+        """Begin to score, and give a function that waits for what `score` would have given.
+
+        Episodes are handed over as soon as they are played, batch by batch, and their scores asked for when all are: a
+        judge over the network is asked while the next batch plays.
+        """
+        return lambda: self.score(episodes)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the log since the last call, by name (calls, tokens, failures); none by default."""
+        return {}
 
 
 Axis = TypeVar("Axis", bound=type[RewardAxis])
@@ -176,7 +197,11 @@ def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score 
     Raises:
         ValueError: a wrong length, a type that is no Score, or a value that is not finite; names axis and episode.
     """
-    scores = axis.score(episodes)
+    return check_scores(axis, axis.score(episodes), episodes)
+
+
+def check_scores(axis: RewardAxis, scores: Any, episodes: Sequence[Episode]) -> list[Score | None]:
+    """What an axis gave for the episodes, held against the contract; raises as `checked_scores`."""
     if not isinstance(scores, list | tuple):
         raise ValueError(f"reward axis '{axis.name}': score must return a list, found {type(scores).__name__}")
     if len(scores) != len(episodes):
