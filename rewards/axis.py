@@ -164,18 +164,31 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
 
 
 def _from_file(name: str, path: Path) -> Any:
+    found = axes_in_file(path)
+    if name not in found:
+        raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name, only {', '.join(found)}")
+    return found[name]
+
+
+def axes_in_file(path: Path) -> dict[str, type[RewardAxis]]:
+    """The axes that a Python file defines, by name. The file is run.
+
+    Raises:
+        InputError: no such file, or no axis in it.
+    """
     if not path.is_file():
-        raise InputError(f"reward axis '{name}': file {path} does not exist")
+        raise InputError(f"file {path} does not exist: give the Python file of a reward axis")
     spec = importlib.util.spec_from_file_location(f"rewards_of_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"reward axis '{name}': {path} is not a Python file")
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, RewardAxis) and getattr(value, "name", None) == name:
-            return value
-    raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name")
+    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, RewardAxis)]
+    found = {cls.name: cls for cls in classes if cls.__module__ == spec.name and hasattr(cls, "name")}
+    if not found:
+        raise InputError(f"{path} defines no RewardAxis with a name: write a class with `name = ...` in it")
+    return found
 
 
 def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxis:

@@ -7,9 +7,11 @@ knows one thing: the field `score` is the relevance, any other number the highes
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -60,14 +62,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.count()
-            time.sleep(self.server.latency)
-            self.answer(request)
+            with self.server.judging() as number:
+                time.sleep(self.server.latency)
+                self.answer(request, number)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             self.send(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
 
-    def answer(self, request: Mapping[str, Any]) -> None:
-        """Send the verdict."""
+    def answer(self, request: Mapping[str, Any], number: int) -> None:
+        """Send the verdict. `number`: of the call, from 1."""
         content = json.dumps(verdict(request))
         size = sum(len(message["content"]) for message in request["messages"])
         self.send(
@@ -114,18 +116,38 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, port: int = 0, latency: float = 0.0, handler: type[Handler] = Handler) -> None:
         super().__init__(("127.0.0.1", port), handler)
         self.latency = latency
-        self.calls = 0
+        self.calls = self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()
 
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def count(self) -> int:
-        """Count a call; its number, from 1."""
+    @contextmanager
+    def judging(self) -> Iterator[int]:
+        """Count a call; gives its number, from 1."""
         with self._lock:
             self.calls += 1
-            return self.calls
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            number = self.calls
+        try:
+            yield number
+        finally:
+            with self._lock:
+                self.in_flight -= 1
+
+    def get_request(self) -> tuple[Any, Any]:
+        request, address = super().get_request()
+        with self._lock:
+            self._connections.add(request)
+        return request, address
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._connections.discard(request)
+        super().shutdown_request(request)
 
     def __enter__(self) -> JudgeServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -134,3 +156,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
         self.server_close()
+        with self._lock:  # those that are kept alive would go on being served
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
