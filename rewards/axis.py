@@ -3,18 +3,18 @@
 To add an axis, write a class like this one in a file of your own and name it in the config::
 
     @register_axis
-    class Overlap(RewardAxis):
-        \"\"\"Minus the seconds in which agent and user speak at once.\"\"\"
+    class Loudness(RewardAxis):
+        \"\"\"Minus how far the agent's level is from the user's, in decibels.\"\"\"
 
-        name = "overlap"
-        applies_to = ("turn_taking", "pause_handling")
+        name = "loudness"
+        applies_to = ("turn_taking", "user_interruption")
 
         def score_episode(self, episode):
-            seconds = sum(a.overlap(u) for a in episode.scored_agent_speech for u in episode.scored_user_speech)
-            return Score(-seconds, {"overlap_seconds": seconds})
+            user, agent = (20 * np.log10(audio.std() + 1e-4) for audio in (episode.user_audio, episode.agent_audio))
+            return Score(-abs(user - agent), {"user_db": float(user), "agent_db": float(agent)})
 
-and in the config `rewards: {overlap: {weight: 1.0, target: my_axes.py}}`. Options of the constructor are written next
-to `weight`.
+and in the config `rewards: {loudness: {weight: 1.0, target: my_axes.py}}`. Options of the constructor are written next
+to `weight`. `rewards/README.md` goes from here to a trained ablation.
 """
 
 import importlib
@@ -164,7 +164,10 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
 
 
 def _from_file(name: str, path: Path) -> Any:
-    found = axes_in_file(path)
+    try:
+        found = axes_in_file(path)
+    except InputError as error:
+        raise InputError(f"reward axis '{name}': {error}") from error
     if name not in found:
         raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name, only {', '.join(found)}")
     return found[name]

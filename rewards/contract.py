@@ -47,6 +47,7 @@ def check_contract(make: Callable[[], RewardAxis], episodes: Sequence[Episode]) 
     report = ContractReport()
     axis = make()
     _check_class(axis, report)
+    before = [_fingerprint(episode) for episode in episodes]
     started = time.perf_counter()
     scores = _scores(axis, episodes, "all episodes at once", report)
     report.seconds_per_episode = (time.perf_counter() - started) / len(episodes)
@@ -62,7 +63,6 @@ def check_contract(make: Callable[[], RewardAxis], episodes: Sequence[Episode]) 
         "the episodes one by one": [[row] for row in range(len(episodes))],
         "the episodes in two batches": [list(range(half)), list(range(half, len(episodes)))],
     }
-    before = [_fingerprint(episode) for episode in episodes]
     for name, rows in batches.items():
         _check_same(axis, scores, episodes, rows, name, report)
     _check_same(make(), scores, episodes, batches["the same episodes again"], "another instance of the axis", report)
@@ -91,7 +91,7 @@ def _check_class(axis: RewardAxis, report: ContractReport) -> None:
 
 def _scores(axis: RewardAxis, episodes: Sequence[Episode], what: str, report: ContractReport) -> list | None:
     try:
-        return check_scores(axis, list(axis.begin(episodes)()), episodes)
+        return check_scores(axis, axis.begin(episodes)(), episodes)
     except ValueError as error:
         report.wrong.append(f"with {what}: {error}{_where(error)}")
     except Exception as error:  # noqa: BLE001  whatever the code of a user raises is reported, not passed on
@@ -174,8 +174,8 @@ def _judge_values(axis: RewardAxis, scores: Sequence[Score | None], report: Cont
         )
     if report.seconds_per_episode > SLOW_SECONDS:
         report.doubtful.append(
-            f"takes {1000 * report.seconds_per_episode:.0f} ms an episode: override `score` to work on the whole batch, "
-            "or `begin` to work while the next batch plays"
+            f"takes {1000 * report.seconds_per_episode:.0f} ms an episode: override `score` to work on the whole "
+            "batch, or `begin` to work while the next batch plays"
         )
 
 
