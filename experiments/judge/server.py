@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with self.server.judging() as number:
                 time.sleep(self.server.latency)
-                self.answer(request, number)
+            self.answer(request, number)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             self.send(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
 
