@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.timeout(1800)  # two runs of the command line
 def test_the_tutorial_trains(tmp_path):
     blocks = FENCE.findall((ROOT / "rewards" / "README.md").read_text(encoding="utf-8"))
     programs = Path(sys.executable).parent  # where pip has put rlhf-duplex, beside python
@@ -23,7 +26,7 @@ def test_the_tutorial_trains(tmp_path):
         elif language == "sh":
             for command in text.strip().splitlines():
                 done = subprocess.run(
-                    command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
+                    command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800
                 )
                 assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
                 output = done.stdout
