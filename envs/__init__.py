@@ -5,7 +5,7 @@ import gymnasium
 from envs.codec import Codec
 from envs.context import ContextSchedule
 from envs.duplex import DuplexDialogueEnv
-from envs.episode import Episode, recorded_episode
+from envs.episode import Episode, Word, recorded_episode
 from envs.errors import InputError
 from envs.events import complete_events
 from envs.segments import SEGMENT_AXES, Segment, read_manifest, write_manifest
@@ -33,6 +33,7 @@ __all__ = [
     "SileroDetector",
     "SpeechDetector",
     "Utterance",
+    "Word",
     "complete_events",
     "inter_pausal_units",
     "make_detector",

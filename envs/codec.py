@@ -38,3 +38,7 @@ class Codec(Protocol):
     def decode_text(self, tokens: list[int]) -> str:
         """Words of a text stream, paddings left out."""
         ...
+
+    def decode_words(self, tokens: list[int]) -> list[tuple[str, int, int]]:
+        """The same words, each with the frame of its first token and the frame after its last."""
+        ...

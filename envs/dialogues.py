@@ -14,7 +14,7 @@ import torch
 
 from envs.codec import Codec
 from envs.cores import map_on_cores
-from envs.episode import Episode
+from envs.episode import Episode, Word
 from envs.errors import InputError
 from envs.frames import frame_at, frames_in, samples_in
 from envs.segments import Segment
@@ -168,6 +168,10 @@ def finish_dialogues(
                 duration=seconds,
                 scored_from=user.scored_from,
                 text=codec.decode_text(row[:count]),
+                words=tuple(
+                    Word(word, first / codec.frame_rate, last / codec.frame_rate)
+                    for word, first, last in codec.decode_words(row[:count])
+                ),
             )
         )
     return episodes

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -15,6 +16,14 @@ from envs.frames import frame_at
 from envs.segments import Segment, parse_segment
 from envs.speech import Interval, SpeechDetector
 from envs.utterances import clip_intervals
+
+
+class Word(NamedTuple):
+    """Something said, a word or a stretch of words, with its times in seconds."""
+
+    text: str
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Episode:
         duration: seconds.
         scored_from: where the segment, and with it the scored window, begins (lead-in + context).
         text: the agent's words.
+        words: the same words with the times at which the text stream has them; empty where they are not known.
         text_tokens: `(T,)` the text token drawn at each frame, or None where no policy spoke.
         audio_tokens: `(n_q, T)` audio codes of agent and user as `LMModel.forward` takes them after the text stream;
             -1 where a code never came to be (the acoustic codes of the last frame).
@@ -49,6 +59,7 @@ class Episode:
     audio_tokens: np.ndarray | None = None
     log_probs: np.ndarray | None = None
     policy_version: int = 0
+    words: tuple[Word, ...] = ()
 
     def at(self, recording_time: float) -> float:
         """Episode time of a moment of the recording."""
@@ -114,6 +125,7 @@ class Episode:
             "duration": self.duration,
             "scored_from": self.scored_from,
             "text": self.text,
+            "words": self.words,
             "policy_version": self.policy_version,
             "samples": [len(self.user_audio), len(self.agent_audio)],
         }
@@ -149,6 +161,7 @@ class Episode:
                 scored_from=record["scored_from"],
                 text=record["text"],
                 policy_version=record["policy_version"],
+                words=tuple(Word(*word) for word in record.get("words", ())),
                 **tokens,
             )
         except (
@@ -169,7 +182,11 @@ def recorded_episode(segment: Segment, detector: SpeechDetector, sample_rate: in
     """
     user, agent = segment.user_audio(sample_rate), segment.agent_audio(sample_rate)
     user_speech, agent_speech = detector.detect([user, agent], sample_rate)
-    words = [str(word[0]) for word in segment.transcript if len(word) == 3 and word[2] == "agent"]
+    words = tuple(
+        Word(str(text), float(start) - segment.start, float(end) - segment.start)
+        for text, (start, end), speaker in segment.transcript
+        if speaker == "agent"
+    )
     return Episode(
         segment,
         user,
@@ -178,5 +195,6 @@ def recorded_episode(segment: Segment, detector: SpeechDetector, sample_rate: in
         user_speech,
         agent_speech,
         len(user) / sample_rate,
-        text=" ".join(words),
+        text=" ".join(word.text for word in words),
+        words=words,
     )

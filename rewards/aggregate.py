@@ -1,7 +1,7 @@
 """Several axes as one reward: which ones, with what weight, and their weighted sum."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from envs.episode import Episode
 from envs.errors import InputError
-from rewards.axis import Score, checked_scores, make_axis
+from envs.segments import Segment
+from rewards.axis import Score, check_scores, make_axis
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,26 @@ class RewardSpec:
         return cls(options.pop("weight", 1.0), options.pop("target", None), options)
 
 
+class EarlyScores:
+    """Scores of episodes that come in batch by batch: begun at once, waited for at the end.
+
+    Give `add` to `rlhf_duplex.rollout.rollout` as `on_batch`, and a judge is asked while the next batch plays.
+    """
+
+    def __init__(self, function: "RewardFunction") -> None:
+        self._function = function
+        self._begun: list[tuple[list[int], Callable[[], list[dict[str, Score | None]]]]] = []
+
+    def add(self, rows: Sequence[int], episodes: Sequence[Episode]) -> None:
+        """Begin to score the episodes, which have the places `rows` among all."""
+        self._begun.append((list(rows), self._function.begin(episodes)))
+
+    def finish(self) -> list[dict[str, Score | None]]:
+        """The scores of all episodes in their places."""
+        found = {row: scores for rows, wait in self._begun for row, scores in zip(rows, wait(), strict=True)}
+        return [found[row] for row in range(len(found))]
+
+
 class RewardFunction:
     """All axes of a run.
 
@@ -63,10 +84,32 @@ class RewardFunction:
         """The score of every axis, by name, for each of the B episodes; None where an axis does not apply.
 
         Raises:
-            ValueError: an axis breaks its contract (`rewards.axis.checked_scores`).
+            ValueError: an axis breaks its contract (`rewards.axis.check_scores`).
         """
-        columns = {name: checked_scores(axis, episodes) for name, axis in self.axes.items()}
-        return [{name: column[index] for name, column in columns.items()} for index in range(len(episodes))]
+        return self.begin(episodes)()
+
+    def begin(self, episodes: Sequence[Episode]) -> Callable[[], list[dict[str, Score | None]]]:
+        """Begin to score, and give a function that waits for what calling this would have given."""
+        waiting = {name: axis.begin(episodes) for name, axis in self.axes.items()}
+
+        def finish() -> list[dict[str, Score | None]]:
+            columns = {name: check_scores(self.axes[name], wait(), episodes) for name, wait in waiting.items()}
+            return [{name: column[index] for name, column in columns.items()} for index in range(len(episodes))]
+
+        return finish
+
+    def prepare(self, segments: Sequence[Segment]) -> None:
+        """Let every axis look whether it can score episodes of these segments.
+
+        Raises:
+            InputError: one cannot.
+        """
+        for axis in self.axes.values():
+            axis.prepare(segments)
+
+    def metrics(self) -> dict[str, float]:
+        """Every axis' own figures since the last call, as `axis/figure`."""
+        return {f"{name}/{key}": value for name, axis in self.axes.items() for key, value in axis.metrics().items()}
 
     def total(self, scores: Mapping[str, Score | None]) -> float:
         """The weighted sum over the axes that gave a score (0 where none did)."""

@@ -3,18 +3,18 @@
 To add an axis, write a class like this one in a file of your own and name it in the config::
 
     @register_axis
-    class Overlap(RewardAxis):
-        \"\"\"Minus the seconds in which agent and user speak at once.\"\"\"
+    class Loudness(RewardAxis):
+        \"\"\"Minus how far the agent's level is from the user's, in decibels.\"\"\"
 
-        name = "overlap"
-        applies_to = ("turn_taking", "pause_handling")
+        name = "loudness"
+        applies_to = ("turn_taking", "user_interruption")
 
         def score_episode(self, episode):
-            seconds = sum(a.overlap(u) for a in episode.scored_agent_speech for u in episode.scored_user_speech)
-            return Score(-seconds, {"overlap_seconds": seconds})
+            user, agent = (20 * np.log10(audio.std() + 1e-4) for audio in (episode.user_audio, episode.agent_audio))
+            return Score(-abs(user - agent), {"user_db": float(user), "agent_db": float(agent)})
 
-and in the config `rewards: {overlap: {weight: 1.0, target: my_axes.py}}`. Options of the constructor are written next
-to `weight`.
+and in the config `rewards: {loudness: {weight: 1.0, target: my_axes.py}}`. Options of the constructor are written next
+to `weight`. `rewards/README.md` goes from here to a trained ablation.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from typing import Any, ClassVar, TypeVar
 
 from envs.episode import Episode
 from envs.errors import InputError
-from envs.segments import SEGMENT_AXES
+from envs.segments import SEGMENT_AXES, Segment
 
 ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
 
@@ -69,6 +69,27 @@ class RewardAxis:
     def score_episode(self, episode: Episode) -> Score | None:
         """The score of one episode of a segment that the axis applies to."""
         raise TypeError(f"reward axis '{self.name}' defines neither score nor score_episode: define one of them")
+
+    # The rest matters to axes that wait for something else than this processor; the others leave it as it is.
+
+    def prepare(self, segments: Sequence[Segment]) -> None:
+        """Called once, with all segments of the run, before a model is loaded: look whether `score` can work.
+
+        Raises:
+            InputError: it cannot; the run does not begin.
+        """
+
+    def begin(self, episodes: Sequence[Episode]) -> Callable[[], Sequence[Score | None]]:
+        """Begin to score, and give a function that waits for what `score` would have given.
+
+        Episodes are handed over as soon as they are played, batch by batch, and their scores asked for when all are: a
+        judge over the network is asked while the next batch plays.
+        """
+        return lambda: self.score(episodes)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the log since the last call, by name (calls, tokens, failures); none by default."""
+        return {}
 
 
 Axis = TypeVar("Axis", bound=type[RewardAxis])
@@ -143,18 +164,34 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
 
 
 def _from_file(name: str, path: Path) -> Any:
+    try:
+        found = axes_in_file(path)
+    except InputError as error:
+        raise InputError(f"reward axis '{name}': {error}") from error
+    if name not in found:
+        raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name, only {', '.join(found)}")
+    return found[name]
+
+
+def axes_in_file(path: Path) -> dict[str, type[RewardAxis]]:
+    """The axes that a Python file defines, by name. The file is run.
+
+    Raises:
+        InputError: no such file, or no axis in it.
+    """
     if not path.is_file():
-        raise InputError(f"reward axis '{name}': file {path} does not exist")
+        raise InputError(f"file {path} does not exist: give the Python file of a reward axis")
     spec = importlib.util.spec_from_file_location(f"rewards_of_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"reward axis '{name}': {path} is not a Python file")
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, RewardAxis) and getattr(value, "name", None) == name:
-            return value
-    raise InputError(f"reward axis '{name}': {path} defines no RewardAxis of that name")
+    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, RewardAxis)]
+    found = {cls.name: cls for cls in classes if cls.__module__ == spec.name and hasattr(cls, "name")}
+    if not found:
+        raise InputError(f"{path} defines no RewardAxis with a name: write a class with `name = ...` in it")
+    return found
 
 
 def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxis:
@@ -176,7 +213,11 @@ def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score 
     Raises:
         ValueError: a wrong length, a type that is no Score, or a value that is not finite; names axis and episode.
     """
-    scores = axis.score(episodes)
+    return check_scores(axis, axis.score(episodes), episodes)
+
+
+def check_scores(axis: RewardAxis, scores: Any, episodes: Sequence[Episode]) -> list[Score | None]:
+    """What an axis gave for the episodes, held against the contract; raises as `checked_scores`."""
     if not isinstance(scores, list | tuple):
         raise ValueError(f"reward axis '{axis.name}': score must return a list, found {type(scores).__name__}")
     if len(scores) != len(episodes):

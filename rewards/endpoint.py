@@ -1,4 +1,4 @@
-"""What a judge's client is made of: where the endpoint is, what was spent on it, whether it is up, what it said before."""
+"""What a judge's client is made of: where the endpoint is, what was spent, whether it is up, what it said before."""
 
 import asyncio
 import email.utils

@@ -19,6 +19,14 @@ EVALUATE_HELP = """examples:
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
+REWARDS_HELP = """examples:
+  rlhf-duplex rewards                                  all axes, with their options
+  rlhf-duplex rewards overlap                          one of them, with its documentation
+  rlhf-duplex rewards check my_axes.py                 every axis of a file keeps the contract?
+  rlhf-duplex rewards check my_package.axes:Humour     a class
+  rlhf-duplex rewards check overlap free_seconds=0     a registered axis with an option
+  rlhf-duplex rewards check my_axes.py --episodes runs/mine/evaluation/after"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
@@ -56,6 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", type=Path)
     add_pair_commands(commands)
+    rewards = commands.add_parser(
+        "rewards",
+        help="list the reward axes, or check one of your own",
+        epilog=REWARDS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    rewards.add_argument("name", nargs="?", metavar="NAME | check", help="an axis to read about, or `check`")
+    rewards.add_argument("target", nargs="?", help="with check: a name, module:Class or file.py")
+    rewards.add_argument("options", nargs="*", metavar="key=value", help="with check: options of the axis")
+    rewards.add_argument("--episodes", type=Path, help="with check: a folder of episodes that a run saved")
     return parser
 
 
@@ -92,6 +110,8 @@ def _run(options: argparse.Namespace) -> int:
 
         (run_pairs if options.command == "pairs" else run_converse)(options)
         return 0
+    if options.command == "rewards":
+        return _rewards(options)
     from rlhf_duplex.config import load_config
 
     path, overrides = None, list(options.arguments)
@@ -102,6 +122,20 @@ def _run(options: argparse.Namespace) -> int:
 
     command = trainer.train if options.command == "train" else trainer.evaluate
     command(config)
+    return 0
+
+
+def _rewards(options: argparse.Namespace) -> int:
+    from envs.errors import InputError
+    from rlhf_duplex.rewards_command import check_axes, list_axes
+    from rlhf_duplex.trainer import make_console
+
+    if options.name != "check":
+        list_axes(options.name, make_console())
+    elif options.target is None:
+        raise InputError("rewards check needs an axis: give a name, module:Class or file.py")
+    else:
+        check_axes(options.target, options.options, options.episodes, make_console())
     return 0
 
 

@@ -297,6 +297,17 @@ _DECIDES_NUMBERS = (
 )
 
 
+_JUDGE_DECIDES = ("model", "temperature", "max_tokens", "extra_body")
+
+
+def _deciding(value: Any) -> Any:
+    """A value without what decides no number: where a judge is and how patiently it is asked."""
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if isinstance(value, dict) and isinstance(value.get("judge"), dict):
+        return value | {"judge": {key: value["judge"].get(key) for key in _JUDGE_DECIDES}}
+    return value
+
+
 def check_resumed(config: Config, saved: Path) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 
@@ -313,7 +324,7 @@ def check_resumed(config: Config, saved: Path) -> None:
     for part in _DECIDES_NUMBERS:
         names = [f"{part}.{name}" for name in now[part]] if OmegaConf.is_dict(now[part]) else [part]
         for key in names:
-            old, new = OmegaConf.select(before, key), OmegaConf.select(now, key)
+            old, new = _deciding(OmegaConf.select(before, key)), _deciding(OmegaConf.select(now, key))
             if old != new and key != "trainer.updates":
                 raise InputError(f"resume: {key} was {old} and is {new}: a resumed run keeps its configuration")
 

@@ -26,6 +26,7 @@ def rollout(
     policy_version: int = 0,
     batch_size: int = 256,
     on_frame: Callable[[int], None] | None = None,
+    on_batch: Callable[[list[int], list[Episode]], None] | None = None,
 ) -> list[Episode]:
     """One episode for each (segment, seed, context), in the order given.
 
@@ -37,6 +38,7 @@ def rollout(
         policy_version: written into the episodes.
         batch_size: dialogues that are played at once, at most.
         on_frame: called with the number of dialogues after each frame, for a progress bar.
+        on_batch: called with the places and episodes of each batch as soon as it is played, before the next one is.
     """
     # Long dialogues together: a batch takes as many frames as its longest.
     lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
@@ -47,8 +49,11 @@ def rollout(
             rows = order[start : start + batch_size]
             chosen = [segments[i] for i in rows]
             played = _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
+            played = [replace(episode, policy_version=policy_version) for episode in played]
             episodes.update(zip(rows, played, strict=True))
-    return [replace(episodes[i], policy_version=policy_version) for i in range(len(segments))]
+            if on_batch is not None:
+                on_batch(rows, played)
+    return [episodes[i] for i in range(len(segments))]
 
 
 def _play(

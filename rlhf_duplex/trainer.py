@@ -28,7 +28,7 @@ from envs.events import complete_events
 from envs.segments import Segment, read_manifest
 from envs.speech import SpeechDetector, make_detector
 from envs.vector import DuplexDialogueVectorEnv
-from rewards.aggregate import RewardFunction, RewardSpec
+from rewards.aggregate import EarlyScores, RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, check_resumed, to_yaml
@@ -81,9 +81,9 @@ def load_inputs(config: Config) -> Inputs:
     if evaluation is None and config.segments == "nano":
         evaluation = "nano"
     held_out = segments if evaluation is None else _load_segments(evaluation, "heldout", detector)
-    return Inputs(
-        segments, _first_of_each(held_out, config.evaluation.limit), evaluation is None, reward_function, detector
-    )
+    held_out = _first_of_each(held_out, config.evaluation.limit)
+    reward_function.prepare([*segments, *held_out])
+    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
 
 
 def _first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
@@ -210,6 +210,9 @@ class Trainer:
             "samples": config.evaluation.samples,
             "on_training_segments": inputs.held_out_is_training,
         }
+        figures = inputs.reward_function.metrics()
+        if figures:
+            extra["figures"] = figures
         values = segment_values(episodes, scores, [*inputs.segments, *inputs.held_out])
         record = write_results(folder / f"{name}.json", values, extra)
         save_examples(folder / name, episodes, scores, config.evaluation.episodes)
@@ -228,6 +231,7 @@ class Trainer:
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
         started = time.perf_counter()
+        early = EarlyScores(self.inputs.reward_function)
         episodes = rollout(
             self.policy,
             self.env,
@@ -240,9 +244,10 @@ class Trainer:
             [context for context in contexts for _ in range(trainer.group_size)],
             update,
             config.rollout.batch_size,
+            on_batch=early.add,
         )
         rolled = time.perf_counter()
-        scores: list[Scores] = list(self.inputs.reward_function(episodes))
+        scores: list[Scores] = list(early.finish())
         return (
             episodes,
             scores,
@@ -269,6 +274,7 @@ class Trainer:
         return {
             "reward/total": float(np.mean([function.total(row) for row in scores])),
             **_by_axis(result),
+            **function.metrics(),
             **diagnostics,
             "episodes": float(len(episodes)),
             "audio_seconds": seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 from envs.episode import Episode
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
-from rewards.aggregate import RewardFunction
+from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -34,8 +34,11 @@ def play_suite(
     chosen = [segment for segment in segments for _ in range(samples)]
     seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
     contexts = [0.0] * len(chosen)
-    episodes = rollout(policy, env, chosen, seeds, contexts, batch_size=batch_size, on_frame=on_frame)
-    return episodes, list(reward_function(episodes))
+    scores = EarlyScores(reward_function)
+    episodes = rollout(
+        policy, env, chosen, seeds, contexts, batch_size=batch_size, on_frame=on_frame, on_batch=scores.add
+    )
+    return episodes, list(scores.finish())
 
 
 def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Scores], per_axis: int) -> None:

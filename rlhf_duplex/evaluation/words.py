@@ -1,19 +1,13 @@
 """Whether what the agent says are still words: RL on timing alone can wear a model's language down."""
 
 import itertools
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from envs.episode import Episode
 from envs.segments import Segment
+from rewards.repetition import repeated_share, words_of
 
 REPEATED_NGRAM = 4
-_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case and without punctuation."""
-    return _WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
 
 
 def spoken_vocabulary(segments: Iterable[Segment]) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
@@ -32,12 +26,6 @@ def spoken_vocabulary(segments: Iterable[Segment]) -> tuple[frozenset[str], froz
     return frozenset(words), frozenset(pairs)
 
 
-def repeated_share(words: Sequence[str], n: int = REPEATED_NGRAM) -> float | None:
-    """The share of n-grams that occurred before in the same words; None where there are fewer than n words."""
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else None
-
-
 def word_metrics(episode: Episode, vocabulary: frozenset[str], pairs: frozenset[tuple[str, str]]) -> dict[str, float]:
     """Of the agent's inner monologue in one episode; what cannot be said of it is absent.
 
@@ -52,7 +40,7 @@ def word_metrics(episode: Episode, vocabulary: frozenset[str], pairs: frozenset[
         found["known"] = sum(word in vocabulary for word in words) / len(words)
     if following and pairs:
         found["known_pairs"] = sum(pair in pairs for pair in following) / len(following)
-    repeated = repeated_share(words)
+    repeated = repeated_share(words, REPEATED_NGRAM)
     if repeated is not None:
         found["repeated_4grams"] = repeated
     return found

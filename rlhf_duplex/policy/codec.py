@@ -10,6 +10,8 @@ from moshi.models.lm import LMModel
 from envs.cores import map_on_cores
 from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError
 
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes the space before a word
+
 
 def agent_codebooks(n_q: int, dep_q: int) -> int:
     """Audio streams of the agent. PersonaPlex predicts the user's streams too (dep_q = n_q): half are the agent's."""
@@ -63,6 +65,22 @@ class MimiCodec:
 
     def decode_text(self, tokens: list[int]) -> str:
         """Words of a text stream, paddings and special pieces left out."""
+        return self.tokenizer.decode([token for token in tokens if self._is_text(token)]).strip()
+
+    def decode_words(self, tokens: list[int]) -> list[tuple[str, int, int]]:
+        """The same words, each with the frame of its first token and the frame after its last."""
+        words: list[tuple[list[int], int, int]] = []
+        for frame, token in enumerate(tokens):
+            if not self._is_text(token):
+                continue
+            if not words or self.tokenizer.id_to_piece(token).startswith(_WORD_START):
+                words.append(([], frame, frame))
+            pieces, first, _ = words[-1]
+            pieces.append(token)
+            words[-1] = (pieces, first, frame + 1)
+        spelled = [(self.tokenizer.decode(pieces).strip(), first, last) for pieces, first, last in words]
+        return [word for word in spelled if word[0]]
+
+    def _is_text(self, token: int) -> bool:
         size = self.tokenizer.vocab_size()
-        words = [t for t in tokens if t not in self._silent and 0 <= t < size and not self.tokenizer.is_control(t)]
-        return self.tokenizer.decode(words).strip()
+        return token not in self._silent and 0 <= token < size and not self.tokenizer.is_control(token)

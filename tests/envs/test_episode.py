@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import EnergyDetector, Episode, InputError, Interval, Segment, recorded_episode
+from envs import EnergyDetector, Episode, InputError, Interval, Segment, Word, recorded_episode
 
 
 def an_episode(folder, **changes):
@@ -32,6 +32,7 @@ def an_episode(folder, **changes):
         "audio_tokens": np.full((16, 100), -1),
         "log_probs": rng.normal(size=100).astype(np.float32),
         "policy_version": 3,
+        "words": (Word("Über", 0.5, 0.8), Word("das,", 0.88, 1.2), Word("ja", 4.1, 4.2)),
     }
     return Episode(segment, **(values | changes))
 
@@ -65,7 +66,16 @@ def test_an_episode_comes_back_as_it_was_saved(tmp_path, tokens):
     loaded = Episode.load(tmp_path / "episodes" / "e0")
     assert [p.name for p in (tmp_path / "episodes").iterdir()] == ["e0"]
     assert loaded.segment == episode.segment
-    for name in ("sample_rate", "user_speech", "agent_speech", "duration", "scored_from", "text", "policy_version"):
+    for name in (
+        "sample_rate",
+        "user_speech",
+        "agent_speech",
+        "duration",
+        "scored_from",
+        "text",
+        "words",
+        "policy_version",
+    ):
         assert getattr(loaded, name) == getattr(episode, name), name
     for name in ("user_audio", "agent_audio"):
         np.testing.assert_allclose(getattr(loaded, name), getattr(episode, name), atol=1 / 32768)

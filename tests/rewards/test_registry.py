@@ -115,3 +115,14 @@ def test_an_axis_that_defines_no_score(episode):
 
     with pytest.raises(TypeError, match="'empty' defines neither score nor score_episode"):
         Empty().score([episode("turn_taking")])
+
+
+def test_an_axis_of_an_installed_package_is_known_by_its_name(tmp_path, monkeypatch, episode):
+    (tmp_path / "package_with_axes.py").write_text(FILE)
+    about = tmp_path / "package_with_axes-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: package-with-axes\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[rlhf_duplex.rewards]\nmine = package_with_axes:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "mine" in registered_axes()
+    assert make_axis("mine", factor=2.0).score_episode(episode("turn_taking")) == Score(40.0)

@@ -130,3 +130,21 @@ def test_silence_and_text_of_the_codec(nano):
     assert codec.decode(silence[:, : codec.agent_codebooks]).abs().max() < 0.05
     word = nano.tokenizer.encode("okay")
     assert codec.decode_text([3, 3, 0, *word, 3, codec.text_cardinality, -1]) == "okay"
+
+
+def test_words_of_the_text_stream_have_frames(nano):
+    codec = nano.codec
+    spelled = [codec.tokenizer.encode(f" {word}") for word in ("good", "question", "okay")]
+    tokens, starts = [3, 3], []
+    for pieces in spelled:
+        starts.append(len(tokens))
+        tokens += [*pieces, 3, 0]
+    words = codec.decode_words(tokens)
+    assert [word for word, _, _ in words] == ["good", "question", "okay"] == codec.decode_text(tokens).split()
+    assert [(first, last) for _, first, last in words] == [
+        (start, start + len(pieces)) for start, pieces in zip(starts, spelled, strict=True)
+    ]
+    assert codec.decode_words([3, 0, codec.text_cardinality, -1]) == []
+    # Whatever a policy draws: the same words, in order, within the dialogue.
+    drawn = torch.randint(0, codec.text_cardinality, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert "".join(word for word, _, _ in codec.decode_words(drawn)) == "".join(codec.decode_text(drawn).split())

@@ -5,7 +5,8 @@ import pytest
 
 from envs.episode import Episode
 from envs.segments import Segment
-from rlhf_duplex.evaluation.words import repeated_share, spoken_vocabulary, word_metrics, words_of
+from rewards.repetition import repeated_share, words_of
+from rlhf_duplex.evaluation.words import spoken_vocabulary, word_metrics
 
 
 def _segment(*words: tuple[str, str]) -> Segment:
@@ -33,8 +34,8 @@ def test_the_vocabulary_is_what_agents_say() -> None:
 
 def test_repeated_ngrams_are_counted_by_hand() -> None:
     # abcd bcda cdab dabc abcd: one of five occurred before.
-    assert repeated_share(list("abcdabcd")) == pytest.approx(1 / 5)
-    assert repeated_share(list("abc")) is None
+    assert repeated_share(list("abcdabcd"), 4) == pytest.approx(1 / 5)
+    assert repeated_share(list("abc"), 4) is None
 
 
 def test_word_metrics_by_hand() -> None:
