@@ -1,5 +1,7 @@
 """Does memory grow from update to update?"""
 
+import ctypes
+import gc
 import resource
 import sys
 import tempfile
@@ -25,9 +27,14 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def memory_mb(device: torch.device) -> float:
-    """What this process holds now."""
+    """What this process holds now, without what its allocator keeps for later (tens of MB that come and go)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
     return psutil.Process().memory_info().rss / 2**20
 
 
