@@ -9,7 +9,7 @@ import librosa
 import numpy as np
 import torch
 
-from . import codec, listen
+from . import bank, codec, listen, sentences
 
 
 def agreement(mimi, utterances: list[np.ndarray]) -> tuple[float, float]:
@@ -51,12 +51,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("codec", type=Path, help="Mimi weights (safetensors)")
     parser.add_argument("folders", type=Path, nargs="*", help="folders of wav files never trained on")
+    parser.add_argument("--speech", type=Path, help="the recipe's speech.npz: 60 held-out utterances, and the agent")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     mimi = codec.load(arguments.codec)
-    for folder in arguments.folders:
-        same, overlap = agreement(mimi, real_speech(folder))
-        print(f"{folder.name}: frame agreement {same:.3f}, interval IoU {overlap:.3f}")
+    speech = {folder.name: real_speech(folder) for folder in arguments.folders}
+    if arguments.speech is not None:
+        made = bank.load(arguments.speech)
+        pieces = [audio for spoken in made.held_out for audio in spoken.audio]
+        lines = made.agent.audio.items()
+        speech["held-out user voices"] = pieces[:: len(pieces) // 60]
+        speech["agent, sentences"] = [parts[0] for text, parts in lines if text not in sentences.BACKCHANNELS]
+        speech["agent, backchannels"] = [p for text, parts in lines if text in sentences.BACKCHANNELS for p in parts]
+    for name, utterances in speech.items():
+        same, overlap = agreement(mimi, utterances)
+        print(f"{name}: frame agreement {same:.3f}, interval IoU {overlap:.3f}")
     silence = torch.zeros(1, 1, 100 * codec.FRAME_SIZE)
     with torch.no_grad():
         made = mimi.decode(mimi.encode(silence))
