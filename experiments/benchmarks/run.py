@@ -212,7 +212,7 @@ def _update(bundle: Bundle, sizes: Sizes, random_codes: Callable, second: float)
 
 
 def _detection(bundle: Bundle, sizes: Sizes, device: torch.device) -> Comparison:
-    """Silero over all clips at once against the stock package one by one, on noise that comes and goes as speech does (the stock package on an eighth of them)."""
+    """Silero over all clips at once against the stock package one by one, on noise that is loud and quiet in turns."""
     from silero_vad import get_speech_timestamps, load_silero_vad
 
     threads = torch.get_num_threads()
