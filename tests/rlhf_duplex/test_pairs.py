@@ -112,7 +112,7 @@ def spoken_words(streams, pair, side):
     columns = torch.cat([pair.context, getattr(pair, side)], dim=1)
     heard = [streams.aligner.pad] * streams.max_delay + columns[0].tolist()
     start = pair.provenance["start"]
-    return [(w.text, round(w.start + start, 3)) for w in streams.aligner.words(heard)]
+    return [(w.text, round(w.start + start, 3)) for w in streams.words(heard)]
 
 
 def test_the_logs_are_what_was_played(logs, manifest, silero):
