@@ -9,6 +9,9 @@ import soundfile
 from envs.errors import InputError
 from envs.frames import samples_in
 
+# Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
+
 
 def audio_info(path: Path) -> tuple[int, int, float]:
     """Sample rate (Hz), number of channels and duration (s) of an audio file.

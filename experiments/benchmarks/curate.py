@@ -23,8 +23,7 @@ import numpy as np
 import psutil
 import soundfile
 
-from envs.audio import resample
-from rlhf_duplex.data.corpora import AUDIO_SUFFIXES
+from envs.audio import AUDIO_SUFFIXES, resample
 
 NANO_RECORDINGS = Path(__file__).parents[2] / "rlhf_duplex" / "nano_data" / "heldout"
 

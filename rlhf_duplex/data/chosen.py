@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs.episode import Episode
+from envs.episode import Episode, Word
 from envs.segments import Segment
 from envs.speech import Interval, SpeechDetector
 from envs.utterances import Utterance, clip_intervals
 from rewards.turn_taking import TurnTaking
 from rlhf_duplex.data.content import reply_words
-from rlhf_duplex.data.conversation import Conversation, Word
+from rlhf_duplex.data.conversation import Conversation
 from rlhf_duplex.data.pair_options import PairOptions
 from rlhf_duplex.data.problems import Problem
 from rlhf_duplex.data.streams import Streams

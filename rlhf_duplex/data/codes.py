@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from envs.codec import Codec
 from envs.errors import InputError
-from rlhf_duplex.policy.codec import MimiCodec
+from rlhf_duplex.policy.codec import MimiCodec, mimi_fingerprint
 
 
 def cache_folder(name: str) -> Path | None:
@@ -33,11 +33,8 @@ def cache_folder(name: str) -> Path | None:
 
 def codec_key(codec: MimiCodec) -> str:
     """What tells one codec from another: Mimi's weights, its rates, and how many codebooks a user has."""
-    digest = hashlib.sha256(f"{codec.sample_rate}:{codec.frame_rate}:{codec.user_codebooks}".encode())
-    for name, value in sorted(codec.mimi.state_dict().items()):
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+    rates = f"{codec.sample_rate}:{codec.frame_rate}:{codec.user_codebooks}"
+    return hashlib.sha256(f"{rates}:{mimi_fingerprint(codec.mimi)}".encode()).hexdigest()[:32]
 
 
 @dataclass

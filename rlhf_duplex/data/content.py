@@ -7,9 +7,10 @@ make no pair: timing problems are found by rule (`rlhf_duplex.data.problems`), o
 from collections.abc import Sequence
 from typing import Any
 
+from envs.episode import Word
 from envs.utterances import Utterance
 from rewards.rubric import Field, Question, Rubric, Turn, Verdict
-from rlhf_duplex.data.conversation import Conversation, Word
+from rlhf_duplex.data.conversation import Conversation
 
 CONTENT_AXES = ("helpfulness", "safety", "factuality", "instruction_following", "tone")
 TIMING_AXES = ("interruption", "unresponsiveness")

@@ -10,32 +10,24 @@ file in it, or simply with stereo files. Beside `x.wav` lies `x.json`::
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from envs.audio import audio_info, read_audio, write_audio
+from envs.audio import AUDIO_SUFFIXES, audio_info, read_audio, write_audio
+from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval
 
 AGENT_CHANNEL, USER_CHANNEL = 0, 1
 AGENT_LABEL, USER_LABEL = "SPEAKER_MAIN", "SPEAKER_USER"
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 LENGTH_TOLERANCE = 0.5  # seconds by which announced and real lengths may differ
 SPEECH_MARGIN = 0.5  # seconds beside detected speech that still count as it, when words are held against the audio
 LEAST_FIT = 0.5  # share of a speaker's words that must lie in their speech, in every third of the dialogue
 LEAST_WORDS = 6  # in a third, for its share to mean anything
-
-
-class Word(NamedTuple):
-    """A word and its time in seconds."""
-
-    text: str
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -159,9 +151,28 @@ def read_words(path: Path, duration: float) -> tuple[tuple[Word, ...], tuple[Wor
     """
     if not path.is_file():
         raise InputError(f"transcript {path} does not exist: a recording needs its words with times beside it")
+    sides = read_alignments(path)
+    for word in sides[0] + sides[1]:
+        if word.end > duration + LENGTH_TOLERANCE:
+            raise InputError(
+                f"transcript {path}: '{word.text}' ends at {word.end:.2f} s, the recording at "
+                f"{duration:.2f} s: is the audio truncated, or the transcript another's?"
+            )
+    if not any(sides):
+        raise InputError(f"transcript {path} holds no word")
+    (agent, agent_clipped), (user, user_clipped) = map(without_overlap, sides)
+    return tuple(agent), tuple(user), agent_clipped + user_clipped
+
+
+def read_alignments(path: Path) -> tuple[list[Word], list[Word]]:
+    """Words of the agent, and of everybody else, in a sidecar's order and as long as it says.
+
+    Raises:
+        InputError: the file cannot be read or is malformed.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"transcript {path} is not valid JSON ({error})") from error
     rows = record.get("alignments") if isinstance(record, dict) else None
     if not isinstance(rows, list):
@@ -169,17 +180,9 @@ def read_words(path: Path, duration: float) -> tuple[tuple[Word, ...], tuple[Wor
     sides: tuple[list[Word], list[Word]] = ([], [])
     for index, row in enumerate(rows):
         word, speaker = _parse_word(row, f"transcript {path}, alignments[{index}]")
-        if word.end > duration + LENGTH_TOLERANCE:
-            raise InputError(
-                f"transcript {path}, alignments[{index}]: '{word.text}' ends at {word.end:.2f} s, the recording at "
-                f"{duration:.2f} s: is the audio truncated, or the transcript another's?"
-            )
         if word.text:
             sides[speaker != AGENT_LABEL].append(word)
-    if not any(sides):
-        raise InputError(f"transcript {path} holds no word")
-    (agent, agent_clipped), (user, user_clipped) = (_without_overlap(side) for side in sides)
-    return agent, user, agent_clipped + user_clipped
+    return sides
 
 
 def _parse_word(row: Any, place: str) -> tuple[Word, str]:
@@ -192,14 +195,18 @@ def _parse_word(row: Any, place: str) -> tuple[Word, str]:
     return Word(row[0].strip(), start, end), row[2]
 
 
-def _without_overlap(words: Sequence[Word]) -> tuple[tuple[Word, ...], int]:
-    ordered = sorted(words, key=lambda word: (word.start, word.end))
+def without_overlap(words: Iterable[Word]) -> tuple[list[Word], int]:
+    """One speaker's words in order of time, each ended where the next begins, and how many had to be.
+
+    Aligners let neighbours overlap by some hundredths; which of them the voice is then in, nobody knows.
+    """
+    ordered = sorted(words, key=lambda word: (word.start, word.end, word.text))
     clipped = 0
     for index, following in enumerate(ordered[1:]):
         if ordered[index].end > following.start + 1e-6:
             ordered[index] = ordered[index]._replace(end=following.start)
             clipped += 1
-    return tuple(ordered), clipped
+    return ordered, clipped
 
 
 def check_words(conversation: Conversation, agent: Sequence[Interval], user: Sequence[Interval]) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from envs.audio import audio_info, read_audio, write_audio
 from envs.dialogues import UserSides
-from envs.episode import Episode
+from envs.episode import Episode, Word
 from envs.segments import Segment
 from envs.speech import Interval
 from envs.vector import DuplexDialogueVectorEnv
-from rlhf_duplex.data.conversation import Entry, Word, write_conversation
+from rlhf_duplex.data.conversation import Entry, write_conversation
 from rlhf_duplex.data.streams import Streams
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -116,4 +116,4 @@ def _write(path: Path, episode: Episode, streams: Streams) -> Entry:
         if who == "user"
     ]
     audio = episode.agent_audio, episode.user_audio
-    return write_conversation(path, *audio, episode.sample_rate, streams.aligner.words(heard), user_words)
+    return write_conversation(path, *audio, episode.sample_rate, streams.words(heard), user_words)

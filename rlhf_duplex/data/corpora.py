@@ -8,15 +8,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from envs.audio import AUDIO_SUFFIXES
+from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval
-from rlhf_duplex.data.recordings import Problem, Recording, Side, Word
+from rlhf_duplex.data.conversation import read_alignments, without_overlap
+from rlhf_duplex.data.recordings import Problem, Recording, Side
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
+Transcript = tuple[list[Word], list[Word]]
 
 
 class Corpus(Protocol):
@@ -30,8 +33,10 @@ class Corpus(Protocol):
         """What there is, in an order that does not change, and what cannot be used."""
         ...
 
-    def words(self, recording: Recording) -> list[Word]:
-        """The transcript of a recording that has sidecars, in order of time; empty where they hold none.
+    def words(self, recording: Recording) -> Transcript:
+        """What each side of a recording that has sidecars says, in order of time; empty where they hold none.
+
+        An entry is a word, or a stretch of words where a corpus times no smaller ones.
 
         Raises:
             InputError: it is malformed.
@@ -129,18 +134,13 @@ def _times(start: Any, end: Any, where: str) -> tuple[float, float]:
     return begun, ended
 
 
-def in_order(words: Iterable[Word]) -> list[Word]:
-    """Words in order of time; of two of one speaker that overlap, the first ends where the second begins.
+def _words_apart(first: list[Word], second: list[Word]) -> Transcript:
+    return without_overlap(first)[0], without_overlap(second)[0]
 
-    Aligners let neighbours overlap by some hundredths; which of them the voice is then in, nobody knows.
-    """
-    sides: list[list[Word]] = [[], []]
-    for word in sorted(words, key=lambda w: (w.start, w.end, w.side, w.text)):
-        before = sides[word.side]
-        if before and before[-1].end > word.start:
-            before[-1] = before[-1]._replace(end=word.start)
-        before.append(word)
-    return sorted(sides[0] + sides[1], key=lambda w: (w.start, w.side))
+
+def _by_time(first: list[Word], second: list[Word]) -> Transcript:
+    """Stretches of words, whose ends are what a person heard: they may overlap."""
+    return sorted(first, key=lambda w: w.start), sorted(second, key=lambda w: w.start)
 
 
 class _Stereo:
@@ -156,23 +156,14 @@ class _Stereo:
             if file.suffix.lower() in AUDIO_SUFFIXES:
                 yield _one_file(file, _identity(file, path), _sidecar(file))
 
-    def words(self, recording: Recording) -> list[Word]:
+    def words(self, recording: Recording) -> Transcript:
         # moshi-finetune: left, side 0, is the main speaker; everybody else is on the right.
         (path,) = recording.sidecars
-        record = _read_json(path)
-        rows = record.get("alignments") if isinstance(record, dict) else None
-        if rows is None and not self._any_json_is_a_sidecar:
-            return []
-        if not isinstance(rows, list):
-            raise InputError(f"{path} has no list `alignments` of [word, [start, end], speaker]")
-        words = []
-        for row in rows:
-            try:
-                text, (start, end), speaker = row
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{path}: {row!r} is not [word, [start, end], speaker]") from error
-            words.append(Word(str(text), *_times(start, end, str(path)), 0 if speaker == "SPEAKER_MAIN" else 1))
-        return in_order(words)
+        if not self._any_json_is_a_sidecar:
+            record = _read_json(path)
+            if not isinstance(record, dict) or "alignments" not in record:
+                return [], []
+        return _words_apart(*read_alignments(path))
 
     def speech(self, recording: Recording) -> tuple[list[Interval], list[Interval]] | None:
         return None
@@ -264,17 +255,17 @@ class _Seamless:
                 yield Problem(identity, f"used without transcript and speech times: {missing.name} is missing")
             yield Recording(identity, (first, second), there if len(there) == 2 else ())
 
-    def words(self, recording: Recording) -> list[Word]:
-        words = []
-        for side, path in enumerate(recording.sidecars):
+    def words(self, recording: Recording) -> Transcript:
+        sides: Transcript = ([], [])
+        for side, path in zip(sides, recording.sidecars, strict=False):
             for phrase in _listed(path, "metadata:transcript") or []:
                 for row in phrase.get("words") or []:
                     if not isinstance(row, dict) or not isinstance(row.get("word"), str):
                         raise InputError(f"{path}: {row!r} is no word with its times")
                     # WhisperX, which made them, gives numerals no times.
                     if "start" in row and "end" in row:
-                        words.append(Word(row["word"], *_times(row["start"], row["end"], str(path)), side))
-        return in_order(words)
+                        side.append(Word(row["word"], *_times(row["start"], row["end"], str(path))))
+        return _words_apart(*sides)
 
     def speech(self, recording: Recording) -> tuple[list[Interval], list[Interval]] | None:
         sides = []
@@ -318,9 +309,9 @@ class _Fisher(_Stereo):
                 text = texts.get(file.stem)
                 yield _one_file(file, file.stem, (text,) if text else (), speakers.get(file.stem))
 
-    def words(self, recording: Recording) -> list[Word]:
+    def words(self, recording: Recording) -> Transcript:
         (path,) = recording.sidecars
-        words = []
+        sides: Transcript = ([], [])
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError as error:
@@ -332,8 +323,8 @@ class _Fisher(_Stereo):
             if parts is None:
                 raise InputError(f"{path}:{number}: not `start end A: words`: {line[:60]!r}")
             start, end, speaker, text = parts.groups()
-            words.append(Word(text.strip(), *_times(start, end, f"{path}:{number}"), "AB".index(speaker)))
-        return sorted(words, key=lambda w: (w.start, w.side))
+            sides["AB".index(speaker)].append(Word(text.strip(), *_times(start, end, f"{path}:{number}")))
+        return _by_time(*sides)
 
 
 def _fisher_speakers(tables: list[Path]) -> dict[str, tuple[str, str]]:
@@ -386,22 +377,22 @@ class _Candor:
                     f"{len(audio)} audio files (video must be converted first, e.g. `ffmpeg -i X.mp4 X.wav`)",
                 )
 
-    def words(self, recording: Recording) -> list[Word]:
+    def words(self, recording: Recording) -> Transcript:
         (path,) = recording.sidecars
-        sides = {side.speaker: index for index, side in enumerate(recording.sides)}
-        words = []
+        sides: Transcript = ([], [])
+        speakers = {side.speaker: said for side, said in zip(recording.sides, sides, strict=True)}
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 for number, row in enumerate(csv.DictReader(file), 2):
-                    if row.get("speaker") not in sides or row.get("utterance") is None:
+                    if row.get("speaker") not in speakers or row.get("utterance") is None:
                         raise InputError(
                             f"{path}:{number}: `speaker` and `utterance` of a speaker of metadata.json needed"
                         )
                     times = _times(row.get("start"), row.get("stop"), f"{path}:{number}")
-                    words.append(Word(row["utterance"], *times, sides[row["speaker"]]))
+                    speakers[row["speaker"]].append(Word(row["utterance"], *times))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path} is not a table of utterances ({error})") from error
-        return sorted(words, key=lambda w: (w.start, w.side))
+        return _by_time(*sides)
 
     def speech(self, recording: Recording) -> tuple[list[Interval], list[Interval]] | None:
         return None

@@ -18,13 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from envs.episode import Word
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment, write_manifest
-from rlhf_duplex.data.corpora import CORPORA, find_corpus
+from rlhf_duplex.data.corpora import CORPORA, Transcript, find_corpus
 from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
 from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection, detect
-from rlhf_duplex.data.recordings import Problem, Recording, Word
+from rlhf_duplex.data.recordings import Problem, Recording
 from rlhf_duplex.data.selection import Found, spread
 from rlhf_duplex.data.summary import print_summary
 
@@ -327,19 +328,20 @@ def _shown(chosen: Sequence[Found], options: CurateOptions) -> list[Found]:
     return [item for own in axes.values() for item in own[: options.examples]]
 
 
-def _words(layout: str, recording: Recording) -> list[Word]:
+def _words(layout: str, recording: Recording) -> Transcript:
     try:
-        return CORPORA[layout].words(recording) if recording.sidecars else []
+        return CORPORA[layout].words(recording) if recording.sidecars else ([], [])
     except InputError:  # reported when the recording was read
-        return []
+        return [], []
 
 
-def transcript_of(words: Sequence[Word], user: int, start: float, end: float) -> Iterator[tuple]:
-    """The words whose middle lies in a segment, with their times cut to it, as a manifest has them."""
-    for word in words:
+def transcript_of(words: Sequence[Sequence[Word]], user: int, start: float, end: float) -> Iterator[tuple]:
+    """The words of both sides whose middle lies in a segment, their times cut to it, as a manifest has them."""
+    said = [(word, side) for side, own in enumerate(words) for word in own]
+    for word, side in sorted(said, key=lambda entry: (entry[0].start, entry[1])):
         if start <= (word.start + word.end) / 2 <= end:
             times = [round(max(word.start, start), 3), round(min(word.end, end), 3)]
-            yield word.text, times, "user" if word.side == user else "agent"
+            yield word.text, times, "user" if side == user else "agent"
 
 
 def _encode(segments: Sequence[Segment], options: CurateOptions, console: Console) -> None:

@@ -8,13 +8,14 @@ from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval, SileroDetector
 from envs.streaming import stream_speech
 from envs.utterances import clip_intervals
-from rlhf_duplex.data.corpora import CORPORA
+from rlhf_duplex.data.corpora import CORPORA, Transcript
 from rlhf_duplex.data.curate_options import VoiceActivity
-from rlhf_duplex.data.recordings import Recording, Word, check_recording, fingerprint
+from rlhf_duplex.data.recordings import Recording, check_recording, fingerprint
 
 _VERSION = 1
 _ENOUGH_WORDS, _LEAST_AGREEMENT, _SLACK_SECONDS = 20, 0.5, 0.3
@@ -88,7 +89,8 @@ def detect(layout: str, recording: Recording, voice: VoiceActivity, folder: Path
     seconds = check_recording(recording, voice.length_tolerance)
     corpus = CORPORA[layout]
     warnings: list[str] = []
-    speech, words = None, []
+    speech = None
+    words: Transcript = ([], [])
     if recording.sidecars:
         try:
             words = corpus.words(recording)
@@ -103,12 +105,14 @@ def detect(layout: str, recording: Recording, voice: VoiceActivity, folder: Path
         detector = _detector(voice.vad_threshold, voice.vad_min_speech)
         (first, second), lasts = stream_speech(_sources(recording), detector)
         speech, seconds = (first, second), min(seconds, *lasts)
-    last = max([word.end for word in words] + [i.end for side in speech for i in side if found], default=0.0)
+    last = max(
+        [word.end for side in words for word in side] + [i.end for side in speech for i in side if found], default=0.0
+    )
     if last > seconds + voice.length_tolerance:
         warnings.append(f"its transcript or speech times go on to {last:.1f} s, the audio only to {seconds:.1f} s")
     warnings += disagreements(words, speech)
     kept = [[Interval(round(s, 4), round(e, 4)) for s, e in clip_intervals(side, 0.0, seconds)] for side in speech]
-    Detection(recording.id, seconds, (kept[0], kept[1]), len(words), tuple(warnings)).save(path)
+    Detection(recording.id, seconds, (kept[0], kept[1]), sum(map(len, words)), tuple(warnings)).save(path)
     return path, seconds
 
 
@@ -124,16 +128,15 @@ def _sources(recording: Recording) -> list[tuple[Path, Sequence[int]]]:
     return [(recording.sides[0].path, [side.channel for side in recording.sides])]
 
 
-def disagreements(words: Sequence[Word], speech: Sequence[Sequence[Interval]]) -> list[str]:
+def disagreements(words: Sequence[Sequence[Word]], speech: Sequence[Sequence[Interval]]) -> list[str]:
     """What tells of swapped channels or drifting clocks: words that lie where their speaker is silent.
 
     Args:
-        words: of both sides; fewer than 20 of a side say nothing.
+        words: of both sides, in order of time; fewer than 20 of a side say nothing.
         speech: intervals of both sides.
     """
     found = []
-    for side, intervals in enumerate(speech):
-        own = [word for word in words if word.side == side]
+    for side, (own, intervals) in enumerate(zip(words, speech, strict=True)):
         if len(own) < _ENOUGH_WORDS:
             continue
         heard, position = 0, 0

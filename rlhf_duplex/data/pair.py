@@ -30,6 +30,7 @@ from safetensors.torch import save
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.policy.bundle import Bundle
+from rlhf_duplex.policy.codec import mimi_fingerprint
 
 CONVERSATION_KINDS = ("interruption", "unresponsive", "content")
 KINDS = CONVERSATION_KINDS + SEGMENT_AXES  # a pair from rollouts has its segment's axis as kind
@@ -95,13 +96,9 @@ class StreamFormat:
 def stream_format(bundle: Bundle) -> StreamFormat:
     """The format of the streams that a bundle's policy reads and writes."""
     codec = bundle.codec
-    digest = hashlib.sha256()
-    for name, value in sorted(bundle.mimi.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return StreamFormat(
         hashlib.sha256(bundle.tokenizer.serialized_model_proto()).hexdigest()[:16],
-        digest.hexdigest()[:16],
+        mimi_fingerprint(bundle.mimi)[:16],
         codec.agent_codebooks,
         codec.user_codebooks,
         codec.text_cardinality,

@@ -21,15 +21,6 @@ class Side(NamedTuple):
     speaker: str
 
 
-class Word(NamedTuple):
-    """A word, or a stretch of words where a corpus times no smaller ones: text, seconds, and which side says it."""
-
-    text: str
-    start: float
-    end: float
-    side: int
-
-
 @dataclass(frozen=True)
 class Recording:
     """Two people talking, on one clock.

@@ -15,8 +15,8 @@ import numpy as np
 import sentencepiece
 import torch
 
+from envs.episode import Word
 from envs.frames import frame_at, frames_in
-from rlhf_duplex.data.conversation import Word
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.codec import MimiCodec
 
@@ -26,7 +26,7 @@ WORD_SECONDS = 0.6  # the longest that a word of the inner monologue is taken to
 
 @dataclass(frozen=True)
 class TextAligner:
-    """Words to a text stream, as moshi-finetune's `Interleaver` does it with its defaults, and back.
+    """Words to a text stream, as moshi-finetune's `Interleaver` does it with its defaults.
 
     A word's tokens begin in the frame of its onset, one a frame; the frame before gets EPAD where it held PAD; all else
     is PAD. A word that begins before the tokens of the one before are used up cuts them off. Words of no duration are
@@ -70,33 +70,6 @@ class TextAligner:
             for token in tokens
         )
 
-    def words(self, stream: Sequence[int]) -> list[Word]:
-        """The words of a text stream as heard (the inner monologue), with their times.
-
-        A word begins at a piece that opens one (SentencePiece's "▁") or follows padding; it ends where the next begins,
-        at most `WORD_SECONDS` after its last token.
-        """
-        found: list[tuple[int, int, list[int]]] = []  # onset, last frame, tokens
-        size = self.tokenizer.vocab_size()
-        spoken = False
-        for frame, token in enumerate(stream):
-            padding = token in (self.pad, self.epad) or not 0 <= token < size or self.tokenizer.is_control(token)
-            if not padding:
-                if spoken and not self.tokenizer.id_to_piece(token).startswith("▁"):
-                    onset, _, tokens = found[-1]
-                    found[-1] = (onset, frame, [*tokens, token])
-                else:
-                    found.append((frame, frame, [token]))
-            spoken = not padding
-        words = []
-        for index, (onset, last, tokens) in enumerate(found):
-            following = found[index + 1][0] if index + 1 < len(found) else len(stream)
-            end = min(following / self.frame_rate, (last + 1) / self.frame_rate + WORD_SECONDS)
-            text = self.tokenizer.decode(tokens).strip()
-            if text:
-                words.append(Word(text, onset / self.frame_rate, end))
-        return words
-
 
 class Streams:
     """Encodes and converts dialogues for one bundle.
@@ -131,6 +104,18 @@ class Streams:
         codes = self.codec.encode(torch.from_numpy(audio)).cpu()
         agent_codes, user_codes = codes[0, : self.codec.agent_codebooks], codes[1, : self.codec.user_codebooks]
         return torch.cat([self.aligner.place(words, frames)[None], agent_codes, user_codes])
+
+    def words(self, stream: Sequence[int]) -> list[Word]:
+        """The words of a text stream as heard (the inner monologue), with their times.
+
+        A word begins at its first token; it ends where the next begins, at most `WORD_SECONDS` after its last token.
+        """
+        found = self.codec.decode_words(list(stream))
+        begins = [first for _, first, _ in found[1:]] + [len(stream)]
+        return [
+            Word(text, first / self.frame_rate, min(following / self.frame_rate, last / self.frame_rate + WORD_SECONDS))
+            for (text, first, last), following in zip(found, begins, strict=True)
+        ]
 
     def silence(self, frames: int) -> torch.Tensor:
         """Codes of a silent agent, `(agent_codebooks, frames)`, with no beginning in them."""

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from envs.audio import resample
+from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval, SpeechDetector
-from rlhf_duplex.data.conversation import Word
 
 SYNTHESISERS = ("hibari", "moshi")
 MOSHI_TTS = "kyutai/tts-1.6b-en_fr"

@@ -1,5 +1,6 @@
 """Mimi and the tokenizer as the environment's `Codec`."""
 
+import hashlib
 from contextlib import suppress
 
 import sentencepiece
@@ -16,6 +17,15 @@ _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes the space
 def agent_codebooks(n_q: int, dep_q: int) -> int:
     """Audio streams of the agent. PersonaPlex predicts the user's streams too (dep_q = n_q): half are the agent's."""
     return n_q // 2 if dep_q == n_q else dep_q
+
+
+def mimi_fingerprint(mimi: MimiModel) -> str:
+    """What tells one Mimi's weights from another's: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(mimi.state_dict().items()):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class MimiCodec:

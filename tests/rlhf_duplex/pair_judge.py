@@ -4,7 +4,7 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
-REWRITE = "Let me tell you 7 what I know."  # nano has no token for the 7
+REWRITE = "Take a walk 7 and think about it."  # nano has no token for the 7
 VERDICT = {
     "reason": "It <b>ignores</b> the question.",
     "rewrite": REWRITE,

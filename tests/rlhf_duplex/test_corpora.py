@@ -264,11 +264,11 @@ def test_listed_files_that_are_missing_or_shorter_than_listed(tmp_path, spoken):
     ("content", "message"),
     [
         ("{not json", "is not valid JSON"),
-        ('{"words": []}', "has no list `alignments`"),
-        ('{"alignments": [["yes", 1.0, "SPEAKER_MAIN"]]}', "is not \\[word, \\[start, end\\], speaker\\]"),
-        ('{"alignments": [["yes", [2.0, 1.0], "SPEAKER_MAIN"]]}', "0 <= start <= end is needed, found 2.0 and 1.0"),
-        ('{"alignments": [["yes", [NaN, 1.0], "SPEAKER_MAIN"]]}', "0 <= start <= end"),
-        ('{"alignments": [["yes", ["a", 1.0], "SPEAKER_MAIN"]]}', "'a' and 1.0 are not two times"),
+        ('{"words": []}', 'must be {"alignments": '),
+        ('{"alignments": [["yes", 1.0, "SPEAKER_MAIN"]]}', r'alignments\[0\]: must be \["word"'),
+        ('{"alignments": [["yes", [2.0, 1.0], "SPEAKER_MAIN"]]}', "ends at 1.0 s, before it starts at 2.0 s"),
+        ('{"alignments": [["yes", [NaN, 1.0], "SPEAKER_MAIN"]]}', "in seconds, found"),
+        ('{"alignments": [["yes", ["a", 1.0], "SPEAKER_MAIN"]]}', "in seconds, found"),
     ],
 )
 def test_a_malformed_transcript_is_reported_and_done_without(tmp_path, spoken, content, message):
@@ -306,11 +306,7 @@ def test_overlapping_words_end_where_the_next_begins(tmp_path, spoken):
     _, (recording,), _ = find_corpus(root)
     words = CORPORA["moshi-finetune"].words(recording)
     # SPEAKER_MAIN is on the left, side 0; the two sides may well speak at once.
-    assert [(w.text, w.start, w.end, w.side) for w in words] == [
-        ("a", 1.0, 1.4, 1),
-        ("m", 1.2, 1.9, 0),
-        ("b", 1.4, 2.0, 1),
-    ]
+    assert words == ([("m", 1.2, 1.9)], [("a", 1.0, 1.4), ("b", 1.4, 2.0)])
 
 
 def test_clocks_that_drift_apart(tmp_path, spoken):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -110,6 +112,32 @@ def test_two_workers_write_the_same(corpus, whole):
     assert out.read_bytes() == whole[0].read_bytes()
     with pytest.raises(InputError, match=r"wrong: recording .*wrong.ogg cannot be read"):
         curate(listing, out, CurateOptions(criteria=SHORT, workers=2, strict=True))
+
+
+def test_two_workers_killed_leave_nothing_behind_and_it_goes_on(corpus, whole):
+    out = whole[0].with_name("killed_workers.jsonl")
+    command = [sys.executable, "-m", "rlhf_duplex.cli", "curate", str(corpus), "--out", str(out), "--per-axis", "8"]
+    command += [*SHORT_ARGUMENTS, "--examples", "0", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(times_of_records(out)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "nothing was done within 240 s"
+        time.sleep(0.005)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) > 2  # Ray's own processes and the workers
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    done = times_of_records(out)
+    assert 3 <= len(done) < 40
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert f"of them read before {len(done)}" in " ".join(finished.stdout.split())
+    assert done.items() <= times_of_records(out).items()
+    assert out.read_bytes() == whole[0].read_bytes()
 
 
 def test_other_thresholds_need_no_second_hearing(corpus, whole):
@@ -234,7 +262,9 @@ def test_the_page_shows_a_random_handful_of_each_axis_with_audio(tmp_path):
     assert not any(
         attributes.get(name, "").startswith("http") for _, attributes in page.tags for name in ("src", "href")
     )
-    for words in ("Turn-taking: reward", "hits 1", "Recordings used", "user's utterance shorter than"):
+    # The recorded agent's own backchannels are the true ones.
+    assert len(re.findall(r"hits [1-9], false alarms 0, missed 0", page.text)) == 2
+    for words in ("Turn-taking: reward", "Recordings used", "user's utterance shorter than"):
         assert words in page.text
     curate(listing, out, CurateOptions(criteria=SHORT, examples=2, seed=2))
     assert _Page(out.with_suffix(".html").read_text()).text != page.text

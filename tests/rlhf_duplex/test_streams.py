@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from envs.dialogues import UserSides
+from envs.episode import Word
 from envs.vector import DuplexDialogueVectorEnv
-from rlhf_duplex.data.conversation import Word
 from rlhf_duplex.data.streams import Streams, TextAligner
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
@@ -67,14 +67,14 @@ def test_like_moshi_finetune(nano):
 
 
 def test_words_and_back(nano):
-    aligner = TextAligner.of(nano)
+    streams = Streams(nano)
     words = [Word("neighbour", 0.5, 1.0), Word("sounds", 1.6, 2.0), Word("good", 2.0, 2.4)]
-    found = aligner.words(aligner.place(words, 60).tolist())
+    found = streams.words(streams.aligner.place(words, 60).tolist())
     assert [w.text for w in found] == ["neighbour", "sounds", "good"]
     assert [w.start for w in found] == [0.48, 1.6, 2.0]  # the onset's frame
     assert found[1].end == 2.0  # where the next begins
     assert found[2].end == pytest.approx(2.08 + 0.6)  # or a little after its last token
-    assert aligner.words([PAD, EPAD, PAD]) == []
+    assert streams.words([PAD, EPAD, PAD]) == []
 
 
 def test_what_the_tokenizer_can_say(nano):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import EnergyDetector, Interval
-from rlhf_duplex.data.conversation import Word
 from rlhf_duplex.data.synthesis import HibariSynthesiser, Speech, fitted, make_synthesiser, share_out
 
 
