@@ -13,6 +13,12 @@ TRAIN_HELP = """examples:
 EVALUATE_HELP = """examples:
   rlhf-duplex evaluate checkpoint=nano
   rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000022 run_dir=runs/checked"""
+WARMSTART_HELP = """examples:
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml loss.name=sigmoid run_dir=runs/dpo
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml lora.rank=16 reference.mode=lora_off
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml resume=true
+  rlhf-duplex warmstart configs/moshi_7b_dpo_ln.yaml --dry-run"""
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
@@ -25,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     configured = (
+        ("warmstart", "preference optimisation (DPO-LN) on pairs, offline; evaluates before and after", WARMSTART_HELP),
         ("train", "improve a policy with RL; evaluates before and after, and writes a report", TRAIN_HELP),
         ("evaluate", "play the held-out segments and print every metric with its interval", EVALUATE_HELP),
     )
@@ -37,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+        if name == "warmstart":
+            command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
     report = commands.add_parser(
         "report",
         help="write report.html of a run folder anew",
@@ -68,16 +77,33 @@ def _run(options: argparse.Namespace) -> int:
 
         print(f"wrote {build_report(options.run_dir)}")
         return 0
-    from rlhf_duplex.config import load_config
-
     path, overrides = None, list(options.arguments)
     if overrides and "=" not in overrides[0]:
         path = Path(overrides.pop(0))
+    if options.command == "warmstart":
+        return _warmstart(path, overrides, options.dry_run)
+    from rlhf_duplex.config import load_config
+
     config = load_config(path, overrides)
     from rlhf_duplex import trainer
 
     command = trainer.train if options.command == "train" else trainer.evaluate
     command(config)
+    return 0
+
+
+def _warmstart(path: Path | None, overrides: list[str], dry: bool) -> int:
+    from rlhf_duplex.warmstart.config import load_warmstart_config
+
+    config = load_warmstart_config(path, overrides)
+    if dry:
+        from rlhf_duplex.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    from rlhf_duplex.warmstart.run import warmstart
+
+    warmstart(config)
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
+from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
 
@@ -180,11 +181,7 @@ class Learner:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as named tensors (safetensors holds nothing else)."""
-        state = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = value.detach().cpu().clone()
-        return state
+        return optimiser_state(self.parameters, self.optimiser)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave (nothing, before the first update).
@@ -192,13 +189,4 @@ class Learner:
         Raises:
             ValueError: a parameter's state is not whole or has another shape.
         """
-        for name, parameter in self.parameters.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            found = {key: state[f"{key}/{name}"] for key in keys if f"{key}/{name}" in state}
-            if found and (len(found) != 3 or found["exp_avg"].shape != parameter.shape):
-                raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
-            if found:
-                self.optimiser.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in found.items()
-                }
+        load_optimiser_state(self.parameters, self.optimiser, state)
