@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from envs.errors import InputError
 from rlhf_duplex.config import (
     CheckpointingConfig,
@@ -17,7 +19,7 @@ from rlhf_duplex.config import (
     check_lora,
     load_structured,
 )
-from rlhf_duplex.policy.lora import PARTS
+from rlhf_duplex.policy.lora import PARTS, part_of
 
 LOSSES = ("sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust", "simpo")
 STREAMS = ("text", "semantic", "audio")
@@ -117,6 +119,14 @@ class TrainingConfig:
 
 
 @dataclass
+class DryRunConfig:
+    """What `--dry-run` reckons with where the pairs are not made yet: training pairs, and the seconds of the longest."""
+
+    pairs: int = 0
+    seconds: float = 30.0
+
+
+@dataclass
 class WarmstartEvaluation(EvaluationConfig):
     """Of the held-out pairs during training, and of the four axes before and after (see `EvaluationConfig`).
 
@@ -163,6 +173,7 @@ class WarmstartConfig:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: WarmstartEvaluation = field(default_factory=WarmstartEvaluation)
     trackers: list[str] = field(default_factory=list)
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
 
 # What a resumed warm start must keep; how it is spread over devices and evaluated may change.
@@ -207,6 +218,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         "training.batch_size": training.batch_size,
         "training.microbatch": training.microbatch,
         "training.devices": training.devices,
+        "dry_run.seconds": config.dry_run.seconds,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,
@@ -220,6 +232,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         "loss.simpo_gamma": loss.simpo_gamma,
         "optimiser.weight_decay": optimiser.weight_decay,
         "optimiser.warmup_steps": optimiser.warmup_steps,
+        "dry_run.pairs": config.dry_run.pairs,
         "evaluation.every": config.evaluation.every,
         "evaluation.pairs": config.evaluation.pairs,
         "evaluation.limit": config.evaluation.limit,
@@ -254,6 +267,15 @@ def trained_parts(config: WarmstartConfig) -> dict[str, float]:
         return {"lora": rates["lora"]} if rates["lora"] > 0 else {}
     depth = config.loss.streams != "text"
     return {part: rates[part] for part in PARTS if rates[part] > 0 and (part != "depth" or depth)}
+
+
+def set_trained(lm: nn.Module, config: WarmstartConfig) -> None:
+    """Let the parts of the configuration learn, and freeze everything else, so that it costs no gradient."""
+    parts = trained_parts(config)
+    text_only = config.loss.streams == "text"
+    for name, parameter in lm.named_parameters():
+        idle = text_only and name.startswith(("depformer", "linears"))
+        parameter.requires_grad_(part_of(name) in parts and not idle)
 
 
 def accumulation_steps(config: WarmstartConfig, devices: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -89,7 +90,7 @@ class Suite:
 class RunCallback(TrainerCallback):
     """Metrics to the run folder, progress to the terminal, and the ends that are not the last step."""
 
-    def __init__(self, log: MetricsLog, console: Console, stopped: Sequence[int], advance: Any, every: int) -> None:
+    def __init__(self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int) -> None:
         self.log, self.console, self.stopped, self.advance, self.every = log, console, stopped, advance, every
         self.line: dict[str, float] = {}
 
@@ -113,7 +114,7 @@ class RunCallback(TrainerCallback):
         """One line a step: the held-out pairs, where they were evaluated, are in the line of their step."""
         held_out = any(key.startswith("eval_") for key in logs)
         values = {k: float(v) for k, v in logs.items() if k != "epoch" and isinstance(v, int | float)}
-        if "train_runtime" in logs or not state.is_world_process_zero:
+        if "train_runtime" in logs or self.log is None:
             return
         if held_out:
             self.line |= values
@@ -132,7 +133,7 @@ class RunCallback(TrainerCallback):
 
     def flush(self, state: Any) -> None:
         """Write the line of the step that is done."""
-        if not self.line:
+        if not self.line or self.log is None:
             return
         step = int(self.line.pop("step"))
         self.log.write(step, self.line)
@@ -194,12 +195,14 @@ def references_of(config: WarmstartConfig, run_dir: Path, bundle: Bundle, pairs:
 
 @contextmanager
 def _training(config: WarmstartConfig, run_dir: Path, console: Console, done: int, steps: int) -> Iterator[Any]:
-    log = MetricsLog(run_dir, config.trackers, _flat(config), done)
+    main = PartialState().is_main_process
+    log = MetricsLog(run_dir, config.trackers, _flat(config), done) if main else None
     try:
         with stop_requests() as stopped, progress(console, "warm start", steps - done) as advance:
             yield RunCallback(log, console, stopped, advance, config.evaluation.every), stopped
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
 def _flat(config: WarmstartConfig) -> dict[str, str | int | float | bool]:
@@ -217,38 +220,50 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         InputError: what the user can fix, before the model is loaded wherever that can be known.
         NonFiniteError: a loss or gradient that is not finite; nothing of that step was saved.
     """
-    console = console or make_console()
+    machine = PartialState(cpu=config.device == "cpu")
+    main = machine.is_main_process
+    console = console or (make_console() if main else Console(quiet=True))
     with console.status("checking pairs, recordings and configuration"):
         check_machine(config)
         pairs = read_pairs(Path(config.pairs))
         train, held_out = split_pairs(pairs, config.evaluation.pairs)
         suite = Suite(config)
-    check = partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE)
-    run_dir = prepare_run_dir(config, check)
+    run_dir = Path(config.run_dir)
+    if main:
+        prepare_run_dir(config, partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE))
+    machine.wait_for_everyone()
     torch.manual_seed(config.seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    bundle = load_bundle(config.checkpoint, config.device, dtype)
+    spread = machine.num_processes > 1 and machine.device.type != "cpu"
+    device = str(machine.device) if spread else config.device
+    bundle = load_bundle(config.checkpoint, device, dtype)
     read_pairs(Path(config.pairs), stream_format(bundle))
     before_path = run_dir / "evaluation" / "before.json"
     resumed = last_checkpoint(run_dir) if config.resume else None
+    before: dict[str, Any] | None = None
     if config.resume and before_path.is_file():
-        before: dict[str, Any] | None = read_results(before_path)
-    else:
+        before = read_results(before_path)
+    elif main:
         before = suite.play("before", bundle, run_dir, 0, console)
     references = None
     if config.reference.mode == "cached" and config.loss.name != "simpo":
-        references = references_of(config, run_dir, bundle, [*train, *held_out], console)
+        with machine.main_process_first():  # the others read what it wrote
+            references = references_of(config, run_dir, bundle, [*train, *held_out], console)
     if config.lora.rank:
         lora = config.lora
         add_lora(bundle.lm, lora.rank, lora.scaling, lora.flavour, lora.parts, config.seed)
     stopped, step = _train(config, run_dir, bundle, train, held_out, references, resumed, console)
+    if not main:
+        return run_dir
     if stopped:
         console.print(
             f"stopped after step {step}: checkpoint in {run_dir / 'checkpoints'}, report in {build_report(run_dir)}; "
             "go on with resume=true"
         )
         return run_dir
-    if config.lora.rank:
+    if config.training.fsdp:
+        bundle = load_bundle(str(run_dir), device, dtype)  # in memory its weights are in pieces
+    elif config.lora.rank:
         lora = config.lora
         path = export_moshi_lora(
             bundle.lm.state_dict(), bundle.lm, bundle.config, lora.rank, lora.scaling, run_dir / "lora"

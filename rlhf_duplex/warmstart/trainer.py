@@ -28,7 +28,7 @@ from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, lora_off, merge_weights, part_of
-from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, trained_parts
+from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, stream_ids
 
@@ -339,15 +339,6 @@ def _lm_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("lm.")
 
 
-def set_trained(lm: torch.nn.Module, config: WarmstartConfig) -> None:
-    """Let the parts of the configuration learn, and freeze everything else, so that it costs no gradient."""
-    parts = trained_parts(config)
-    text_only = config.loss.streams == "text"
-    for name, parameter in lm.named_parameters():
-        idle = text_only and name.startswith(("depformer", "linears"))
-        parameter.requires_grad_(part_of(name) in parts and not idle)
-
-
 def _arguments(config: WarmstartConfig, run_dir: Path) -> DPOConfig:
     training, optimiser = config.training, config.optimiser
     sharded = {
@@ -374,6 +365,7 @@ def _arguments(config: WarmstartConfig, run_dir: Path) -> DPOConfig:
         save_steps=config.checkpointing.every,
         remove_unused_columns=False,
         dataloader_pin_memory=config.device != "cpu",
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
         **(sharded if training.fsdp else {}),
