@@ -410,7 +410,13 @@ class TestRun:
         held_out = {k.rpartition("/")[2] for k in lines[-1] if k.startswith("eval_rewards/accuracies/")}
         assert held_out == {KINDS[3 % 3], KINDS[7 % 3]}
         assert load_bundle(str(folder / "run")).folder == folder / "run" / "checkpoints" / "step_000003"
-        assert (folder / "run" / "report.html").is_file()
+        page = (folder / "run" / "report.html").read_text()
+        assert "DPO-LN, beta 0.3, text stream" in page
+        for title in ("Preference pairs", "Pair accuracy", "Held-out accuracy by kind", "<dt>Steps</dt><dd>3</dd>"):
+            assert title in page
+        assert "Rewards during training" not in page  # those of RL
+        accuracy = lines[-1]["eval_rewards/accuracies"]
+        assert f'<th scope="row">All held-out pairs</th><td>{100 * accuracy:.0f} %</td>' in page
 
     def test_held_out_means_do_not_depend_on_batches(self, folder):
         values = []
