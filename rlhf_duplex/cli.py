@@ -19,6 +19,10 @@ WARMSTART_HELP = """examples:
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml lora.rank=16 reference.mode=lora_off
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml resume=true
   rlhf-duplex warmstart configs/moshi_7b_dpo_ln.yaml --dry-run"""
+PIPELINE_HELP = """examples:
+  rlhf-duplex pipeline configs/pipeline.yaml
+  rlhf-duplex pipeline configs/pipeline.yaml run_dir=runs/second
+  rlhf-duplex pipeline configs/pipeline.yaml --dry-run"""
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
@@ -46,6 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
         if name == "warmstart":
             command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
+    pipeline = commands.add_parser(
+        "pipeline",
+        help="run the stages of a configuration, each only when its inputs have changed",
+        epilog=PIPELINE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pipeline.add_argument("config", type=Path, help="a YAML file with `stages`")
+    pipeline.add_argument("overrides", nargs="*", metavar="key=value")
+    pipeline.add_argument("--dry-run", action="store_true", help="say which stages would run")
     report = commands.add_parser(
         "report",
         help="write report.html of a run folder anew",
@@ -76,6 +89,13 @@ def _run(options: argparse.Namespace) -> int:
         from rlhf_duplex.report.build import build_report
 
         print(f"wrote {build_report(options.run_dir)}")
+        return 0
+    if options.command == "pipeline":
+        from rlhf_duplex.pipeline import load_pipeline, run_pipeline
+
+        outcome = run_pipeline(load_pipeline(options.config, options.overrides), main, dry=options.dry_run)
+        verb = "would run" if options.dry_run else "ran"
+        print(f"{verb} {', '.join(outcome.ran) or 'nothing'}; done before: {', '.join(outcome.kept) or 'nothing'}")
         return 0
     path, overrides = None, list(options.arguments)
     if overrides and "=" not in overrides[0]:

@@ -193,7 +193,7 @@ def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], fra
 
 def _prepare(lm: LMModel, config: WarmstartConfig) -> None:
     if config.lora.rank:
-        add_lora(lm, config.lora.rank, config.lora.scaling, config.lora.flavour, config.lora.parts, config.seed)
+        add_lora(lm, seed=config.seed, **vars(config.lora))
     set_trained(lm, config)
 
 

@@ -35,6 +35,7 @@ from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import Scores, evaluate_policy
 from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
+from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
@@ -179,6 +180,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         self.bundle: Bundle = load_bundle(config.checkpoint, config.device, dtype)
+        if config.lora.rank:
+            add_lora(self.bundle.lm, seed=config.seed, **vars(config.lora))
         sampling = Sampling(**vars(config.sampling))
         self.policy = MoshiPolicy(self.bundle.lm, sampling)
         self.codec = self.bundle.codec

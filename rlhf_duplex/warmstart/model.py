@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
+from moshi.models.lm_utils import _delay_sequence
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from envs.errors import InputError
 from rlhf_duplex.policy.codec import agent_codebooks
-from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.warmstart.data import StreamIds
 
 
@@ -60,12 +60,18 @@ class PairModel(nn.Module):
     def _logits(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """`(2P, T, V)` of each target stream."""
         if len(self.targets) == 1:
-            return [MoshiPolicy(self.lm).text_logits(codes)]
+            return [self._text_logits(codes)]
         # A stream delayed by d has no logits in the last d frames: frames that do not exist are put behind.
         frames = codes.shape[-1]
         output = self.lm(nn.functional.pad(codes, (0, max(self.lm.delays)), value=int(self.lm.zero_token_id)))
         audio = output.logits[..., :frames, :]
         return [output.text_logits[:, 0, :frames], *(audio[:, row - 1] for row in self.targets[1:])]
+
+    def _text_logits(self, codes: torch.Tensor) -> torch.Tensor:
+        """As `LMModel.forward`, without its depth transformer. Moshi's own modules are called, which sharding needs."""
+        initial = self.lm._get_initial_token().expand(len(codes), -1, -1)
+        delayed = torch.cat([initial, _delay_sequence(self.lm.delays, codes, initial)], dim=2)
+        return self.lm.forward_text(delayed[:, :, :-1])[1][:, 0]
 
     # What transformers and TRL ask of a model that can recompute its activations.
     @property

@@ -250,8 +250,7 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         with machine.main_process_first():  # the others read what it wrote
             references = references_of(config, run_dir, bundle, [*train, *held_out], console)
     if config.lora.rank:
-        lora = config.lora
-        add_lora(bundle.lm, lora.rank, lora.scaling, lora.flavour, lora.parts, config.seed)
+        add_lora(bundle.lm, seed=config.seed, **vars(config.lora))
     stopped, step = _train(config, run_dir, bundle, train, held_out, references, resumed, console)
     if not main:
         return run_dir
