@@ -258,9 +258,7 @@ def _pairs(config: WarmstartConfig) -> tuple[int, int, str]:
     return len(train), longest, f"in {path}, the longest of {longest / FRAME_RATE:.1f} s"
 
 
-def _table(
-    memory: Mapping[str, Memory], working: Mapping[str, int], total: int, devices: int, sharded: bool
-) -> Table:
+def _table(memory: Mapping[str, Memory], working: Mapping[str, int], total: int, devices: int, sharded: bool) -> Table:
     how = f"sharded over {devices}" if sharded and devices > 1 else "whole on each" if devices > 1 else "one device"
     table = Table(title=f"GiB a device ({how})", title_justify="left")
     for column in ("part", "parameters", "trained", "weights", "gradients", "optimiser", "all"):

@@ -11,7 +11,7 @@ A configuration with `stages` is a pipeline; a stage is the command line that a 
         run: warmstart configs/nano_dpo_ln.yaml pairs=${run_dir}/pairs/pairs.jsonl run_dir=${run_dir}/warm
         makes: ${run_dir}/warm/evaluation/after.json
 
-What a stage depends on is its command line and the content of every file and folder that it names (outside what it
+What a stage depends on is its command line and the content of every file and folder that it names (but those that it
 makes), plus those under `needs`. A stamp in `RUN_DIR/.stages/` holds their hash; a finished stage whose stamp still
 fits is not run again. One that was interrupted goes on with `resume=true` where it can.
 """
@@ -124,16 +124,19 @@ def _paths(where: str, key: str, value: Any) -> tuple[Path, ...]:
 def inputs_of(stage: Stage) -> list[Path]:
     """Every file and folder that a stage's command line names (as an argument, or behind `=`), and its `needs`.
 
-    What it makes, and a folder that this lies in, is no input. `nano` stands for the bundle and dialogues that ship.
+    What it makes is no input, nor what follows `--out` or `run_dir=`. `nano` stands for the bundle and the dialogues
+    that ship.
     """
-    named = [value for argument in stage.arguments[1:] for value in (argument, argument.partition("=")[2])]
-    paths = [Path(value) for value in named if value and not value.startswith("-")]
-    found = [path for path in paths if path.exists()]
+    named = []
+    for before, argument in zip(stage.arguments, stage.arguments[1:], strict=False):
+        key, _, value = argument.rpartition("=")
+        if before != "--out" and key != "run_dir" and not value.startswith("-"):
+            named.append(value)
+    found = [Path(value) for value in named if value and Path(value).exists()]
     if "nano" in named:
         found += [Path(__file__).parent / "nano", Path(__file__).parent / "nano_data"]
-    makes = [path.resolve() for path in stage.makes]
-    kept = [p for p in found if not any(m == p.resolve() or m.is_relative_to(p.resolve()) for m in makes)]
-    return [*dict.fromkeys([*kept, *stage.needs])]
+    makes = {path.resolve() for path in stage.makes}
+    return [*dict.fromkeys([*(path for path in found if path.resolve() not in makes), *stage.needs])]
 
 
 def stage_hash(stage: Stage) -> str:
@@ -146,18 +149,19 @@ def stage_hash(stage: Stage) -> str:
     for path in inputs_of(stage):
         if not path.exists():
             raise InputError(f"stage '{stage.name}' needs {path}, which does not exist")
-        for file in _files(path):
+        for file in _files(path, {made.resolve() for made in stage.makes}):
             digest.update(f"\0{path}\0{file.relative_to(path)}\0".encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
-def _files(path: Path) -> Iterable[Path]:
-    """The file itself, or all files of a folder but hidden ones (half-written) and pages, which `report` makes anew."""
+def _files(path: Path, makes: set[Path]) -> Iterable[Path]:
+    """The file itself, or all files of a folder but hidden ones (half-written), pages (which `report` makes anew), and
+    what the stage itself makes."""
     if path.is_file():
         return [path]
-    inside = (p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix != ".html")
+    inside = (p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix != ".html" and p.resolve() not in makes)
     return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
 
 
@@ -232,6 +236,8 @@ def run_pipeline(
         missing = [str(path) for path in stage.makes if not path.exists()]
         if code or missing:
             reason = f"ended with code {code}" if code else f"did not make {missing[0]}"
-            raise InputError(f"stage '{stage.name}' {reason}: mend it and start the pipeline again; it goes on from here")
+            raise InputError(
+                f"stage '{stage.name}' {reason}: mend it and start the pipeline again; it goes on from here"
+            )
         _write_stamp(_stamp(pipeline, stage), key, done=True)
     return outcome

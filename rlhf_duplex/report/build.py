@@ -133,7 +133,9 @@ def _loss(loss: Any) -> str | None:
     if not isinstance(loss, Mapping):
         return None
     name = _LOSS_NAMES.get(str(loss.get("name")), loss.get("name"))
-    return f"{name}, beta {loss.get('beta')}, {loss.get('streams')} stream{'' if loss.get('streams') == 'text' else 's'}"
+    return (
+        f"{name}, beta {loss.get('beta')}, {loss.get('streams')} stream{'' if loss.get('streams') == 'text' else 's'}"
+    )
 
 
 def _rates(rates: Any, rank: Any) -> str | None:

@@ -50,9 +50,7 @@ class PairCollator:
     def __init__(self, ids: StreamIds, span: str = "pair", count_pad: bool = True) -> None:
         self.ids, self.span, self.count_pad = ids, span, count_pad
 
-    def __call__(
-        self, examples: Sequence[tuple[Pair, tuple[float, float] | None]]
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[tuple[Pair, tuple[float, float] | None]]) -> dict[str, torch.Tensor]:
         pairs = [pair for pair, _ in examples]
         rows = [(pair, side) for side in SIDES for pair in pairs]
         frames = max(pair.context.shape[1] + getattr(pair, side).shape[1] for pair, side in rows)

@@ -90,7 +90,9 @@ class Suite:
 class RunCallback(TrainerCallback):
     """Metrics to the run folder, progress to the terminal, and the ends that are not the last step."""
 
-    def __init__(self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int) -> None:
+    def __init__(
+        self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int
+    ) -> None:
         self.log, self.console, self.stopped, self.advance, self.every = log, console, stopped, advance, every
         self.line: dict[str, float] = {}
 
@@ -173,7 +175,9 @@ def split_pairs(pairs: Sequence[Pair], limit: int = 0) -> tuple[list[Pair], list
     return train, held_out
 
 
-def references_of(config: WarmstartConfig, run_dir: Path, bundle: Bundle, pairs: Sequence[Pair], console: Console) -> Any:
+def references_of(
+    config: WarmstartConfig, run_dir: Path, bundle: Bundle, pairs: Sequence[Pair], console: Console
+) -> Any:
     """`(pairs, 2)` reference log-probabilities from the cache or, where it is missing or stale, anew into it.
 
     Must be called while the bundle is the reference: before it is trained or given adapters that do anything.
@@ -300,7 +304,9 @@ def _train(
     if resumed:
         console.print(f"going on from {resumed}, after {done} of {steps} steps")
     lines = read_metrics(run_dir / "metrics.jsonl")
-    trainer._total_train_tokens = next((int(r["num_tokens"]) for r in lines if r["update"] == done and "num_tokens" in r), 0)
+    trainer._total_train_tokens = next(
+        (int(r["num_tokens"]) for r in lines if r["update"] == done and "num_tokens" in r), 0
+    )
     with _training(config, run_dir, console, done, steps) as (callback, stopped):
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

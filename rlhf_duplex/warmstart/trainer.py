@@ -152,7 +152,9 @@ class PreferenceTrainer(DPOTrainer):
 
     def _simpo(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """SimPO (arXiv 2405.14734, eq. 6) by TRL's `CPOTrainer.cpo_loss`, on log-probabilities per counted token."""
-        given = {k: v for k, v in inputs.items() if k not in ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")}
+        given = {
+            k: v for k, v in inputs.items() if k not in ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        }
         output = model(**given)
         sums = output.log_probs.sum(dim=1)
         chosen, rejected = (sums / inputs["completion_mask"].sum(dim=1).clamp(min=1)).chunk(2)

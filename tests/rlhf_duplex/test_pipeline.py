@@ -129,7 +129,7 @@ def test_an_interrupted_training_stage_goes_on(setting):
 
 
 def test_a_stage_that_makes_nothing_is_an_error(setting):
-    folder, commands, _ = setting
+    folder, _, _ = setting
     (folder / "pipeline.yaml").write_text(
         f"run_dir: {folder}/run\nstages:\n  report:\n    run: report {folder}\n    makes: {folder}/nothing.html\n"
     )
@@ -173,7 +173,7 @@ def test_the_shipped_pipeline_has_the_stages_of_the_whole_way():
         ("run_dir: x\nstages: {a: {run: rm -r x, makes: y}}\n", "must begin with one of curate, "),
         ("run_dir: x\nstages: {a: {run: report x, makes: y, when: z}}\n", "unknown key `when`"),
         ("run_dir: x\nstages: {a/b: {run: report x, makes: y}}\n", "a name has letters"),
-        ("run_dir: x\nstages: {a: {run: report ${where}, makes: y}}\n", "where"),
+        ("run_dir: x\nstages: {a: {run: 'report ${where}', makes: y}}\n", "where"),
         ("run_dir: [\n", "is not valid YAML"),
     ],
 )

@@ -41,7 +41,9 @@ def make_pairs(lm, count=8, seed=0):
         return torch.cat([text, torch.randint(0, lm.card, (lm.n_q, frames), generator=generator)])
 
     return [
-        Pair(f"p{i}", KINDS[i % 3], "heldout" if i % 4 == 3 else "train", tokens(3), tokens(8), tokens(6), (1, 8), (2, 6))
+        Pair(
+            f"p{i}", KINDS[i % 3], "heldout" if i % 4 == 3 else "train", tokens(3), tokens(8), tokens(6), (1, 8), (2, 6)
+        )
         for i in range(count)
     ]
 
@@ -133,7 +135,8 @@ class TestLossByHand:
             (
                 "robust",
                 {"loss__label_smoothing": 0.1},
-                sum((0.9 * math.log(1 + math.exp(-d)) - 0.1 * math.log(1 + math.exp(d))) / 0.8 for d in (0.9, -1.2)) / 2,
+                sum((0.9 * math.log(1 + math.exp(-d)) - 0.1 * math.log(1 + math.exp(d))) / 0.8 for d in (0.9, -1.2))
+                / 2,
             ),
             # Log-probabilities a token: -0.5, -1 and -3, -1; beta 2, gamma 0.5: 2 * 0.5 - 0.5 and 2 * -2 - 0.5.
             (
@@ -167,15 +170,17 @@ class TestAgainstTrl:
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         models_ = [LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)) for _ in range(2)]
-        data = Dataset.from_dict(
-            {"prompt": ["a b", "c"], "chosen": [" d e f g", " h"], "rejected": [" a", " b c d"]}
-        )
+        data = Dataset.from_dict({"prompt": ["a b", "c"], "chosen": [" d e f g", " h"], "rejected": [" a", " b c d"]})
         arguments = DPOConfig(
             output_dir=str(tmp_path_factory.mktemp("stock")), use_cpu=True, bf16=False, report_to="none", beta=0.3
         )
         trainer = DPOTrainer(models_[0], models_[1], args=arguments, train_dataset=data, processing_class=fast)
         batch = next(iter(trainer.get_train_dataloader()))
-        return trainer, trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in (0, 1)])), batch
+        return (
+            trainer,
+            trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in (0, 1)])),
+            batch,
+        )
 
     @pytest.mark.parametrize("name", ["sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust"])
     def test_loss_and_gradients(self, stock, nano, name):
@@ -309,7 +314,9 @@ class TestReferences:
         weights = nano.lm.state_dict()
         key = reference_key(weights, pairs, config)
         write_references(tmp_path / "r.safetensors", key, torch.ones(3, 2))
-        assert read_references(tmp_path / "r.safetensors", reference_key(weights, pairs, config)).tolist() == [[1, 1]] * 3
+        assert (
+            read_references(tmp_path / "r.safetensors", reference_key(weights, pairs, config)).tolist() == [[1, 1]] * 3
+        )
         other = make_pairs(nano.lm, 3)
         other[1].chosen[0, 4] += 1
         changed = dict(weights, **{"text_linear.weight": weights["text_linear.weight"] + 1})
@@ -361,7 +368,11 @@ class TestParts:
         assert [group["lr"] for group in groups] == [1e-3]  # text alone does not teach the depth transformer
         trained = [n for n, p in bundle.lm.named_parameters() if p.requires_grad]
         assert {part_of(name) for name in trained} == {"temporal"}
-        keys = {"loss__streams": "audio", "optimiser__learning_rates__depth": 1e-6, "optimiser__learning_rates__temporal": 5e-9}
+        keys = {
+            "loss__streams": "audio",
+            "optimiser__learning_rates__depth": 1e-6,
+            "optimiser__learning_rates__temporal": 5e-9,
+        }
         trainer = trainer_of(bundle, make_pairs(bundle.lm, 2), **keys)
         groups = trainer.create_optimizer().param_groups
         assert [group["lr"] for group in groups] == [5e-9, 1e-6, 1e-4]
@@ -456,7 +467,12 @@ class TestRun:
         run(folder)
         run(folder, reference__cache=folder / "run" / "reference.safetensors", run_dir=folder / "same")
         assert "computed anew" not in capsys.readouterr().out
-        run(folder, reference__cache=folder / "run" / "reference.safetensors", run_dir=folder / "other", loss__span="reply")
+        run(
+            folder,
+            reference__cache=folder / "run" / "reference.safetensors",
+            run_dir=folder / "other",
+            loss__span="reply",
+        )
         assert "computed anew" in capsys.readouterr().out
 
     def test_simpo_needs_no_reference(self, folder):
@@ -522,8 +538,15 @@ def test_a_stopped_process_loses_at_most_one_interval(folder, number):
     rest = ["training.epochs=5", f"pairs={folder / 'pairs.jsonl'}", f"run_dir={folder / 'run'}"]
     config = load_warmstart_config(
         None,
-        [*rest, "training.batch_size=2", "training.microbatch=1", "evaluation.segments=null", "evaluation.every=0"]
-        + ["checkpointing.every=2", "resume=true"],
+        [
+            *rest,
+            "training.batch_size=2",
+            "training.microbatch=1",
+            "evaluation.segments=null",
+            "evaluation.every=0",
+            "checkpointing.every=2",
+            "resume=true",
+        ],
     )
     warmstart(config)
     lines = read_metrics(folder / "run" / "metrics.jsonl")
