@@ -172,8 +172,8 @@ def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], fra
     model = PairModel(lm, config.loss.streams)
     ids = stream_ids(lm, config.loss.streams)
     reply = max(2, frames // 2)
-    tokens = [torch.zeros(1 + lm.n_q, n, dtype=torch.long) for n in (frames - reply, reply, reply)]
-    pair = Pair("dry", "content", "train", *tokens, (0, reply), (0, reply))
+    context, either = (torch.zeros(1 + lm.n_q, n, dtype=torch.long) for n in (frames - reply, reply))
+    pair = Pair("dry", "content", "train", context, either, either, (0, reply), (0, reply))
     batch = PairCollator(ids, config.loss.span)([(pair, None)] * config.training.microbatch)
     batch = {name: value.to("meta") for name, value in batch.items()}
     with torch.device("meta"):

@@ -123,7 +123,8 @@ def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segmen
 def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
     """The run folder, made and writable, with the resolved configuration in it.
 
-    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is
+    not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
 
     Raises:
         InputError: it cannot be written, or the run to resume had another configuration.

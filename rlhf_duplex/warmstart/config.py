@@ -120,7 +120,7 @@ class TrainingConfig:
 
 @dataclass
 class DryRunConfig:
-    """What `--dry-run` reckons with where the pairs are not made yet: training pairs, and the seconds of the longest."""
+    """What `--dry-run` reckons with where the pairs are not made yet: how many, and the seconds of the longest."""
 
     pairs: int = 0
     seconds: float = 30.0

@@ -77,6 +77,9 @@ class PreferenceTrainer(DPOTrainer):
         InputError: the batch cannot be cut evenly over the devices.
     """
 
+    optimizer: Any  # what transformers sets is not typed
+    control: Any
+
     def __init__(
         self,
         bundle: Bundle,
