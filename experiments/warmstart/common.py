@@ -15,6 +15,11 @@ from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval
 from rlhf_duplex.tracking import read_metrics
 
 
+def seeds(text: str) -> list[int]:
+    """`0,1,2`."""
+    return [int(part) for part in text.split(",")]
+
+
 def run_once(arguments: Sequence[str], done: Path) -> None:
     """Run a command of `rlhf-duplex` unless `done` is there, going on where it was interrupted.
 

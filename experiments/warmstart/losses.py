@@ -1,6 +1,6 @@
 """DPO, DPO-LN, APO-Zero and SimPO from the same pairs, over seeds, in one table.
 
-    python -m experiments.warmstart.losses --pairs runs/pairs/pairs.jsonl --out runs/losses --seeds 0 1 2
+    python -m experiments.warmstart.losses --pairs runs/pairs/pairs.jsonl --out runs/losses --seeds 0,1,2
     python -m experiments.warmstart.losses --pairs runs/pairs/pairs.jsonl --out runs/losses_small --seeds 0 \
         evaluation.limit=2 training.epochs=1
 
@@ -18,6 +18,7 @@ from experiments.warmstart.common import (
     paired,
     reply_length,
     run_once,
+    seeds,
     talk_over,
     write_json,
 )
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0,1,2")
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
     options = parser.parse_args()
     rows, record = [], {}

@@ -1,6 +1,6 @@
 """A warm start and RL against RL alone, at the same number of RL updates, over seeds.
 
-    python -m experiments.warmstart.then_rl --pairs runs/pairs/pairs.jsonl --out runs/then_rl --seeds 0 1 2
+    python -m experiments.warmstart.then_rl --pairs runs/pairs/pairs.jsonl --out runs/then_rl --seeds 0,1,2
     python -m experiments.warmstart.then_rl --pairs runs/pairs/pairs.jsonl --out runs/then_rl_small --seeds 0 \
         trainer.updates=1 trainer.groups=4 evaluation.limit=2
 
@@ -11,7 +11,7 @@ every RL run.
 import argparse
 from pathlib import Path
 
-from experiments.warmstart.common import cell, markdown, mean_of, paired, run_once, write_json
+from experiments.warmstart.common import cell, markdown, mean_of, paired, run_once, seeds, write_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
@@ -22,8 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--warm", nargs="*", default=[], help="key=value for every warm start")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0,1,2")
+    parser.add_argument("--warm", action="append", default=[], help="key=value for every warm start")
     parser.add_argument("overrides", nargs="*", help="key=value for every RL run")
     options = parser.parse_args()
     alone, after_warm = [], []

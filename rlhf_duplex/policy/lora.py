@@ -96,11 +96,11 @@ def _add_moshi(lm: LMModel, names: Sequence[str], rank: int, scaling: float) -> 
     for name in names:
         parent = lm.get_submodule(name.rpartition(".")[0])
         linear = lm.get_submodule(name)
-        # Drawn on the CPU, so that every device starts from the same adapters.
-        layer = LoRALinear(linear.in_features, linear.out_features, rank, scaling, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(layer.lora_A.weight, a=5**0.5)
-        nn.init.zeros_(layer.lora_B.weight)
-        layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        layer = LoRALinear(linear.in_features, linear.out_features, rank, scaling, device="meta")
+        down, up = torch.empty(rank, linear.in_features), torch.zeros(linear.out_features, rank)
+        nn.init.kaiming_uniform_(down, a=5**0.5)  # on the CPU, so that every device starts from the same adapters
+        for inner, value in ((layer.lora_A, down), (layer.lora_B, up)):
+            inner.weight = nn.Parameter(value.to(device=linear.weight.device, dtype=linear.weight.dtype))
         layer.frozen_W = linear
         setattr(parent, name.rpartition(".")[2], layer)
 
