@@ -123,7 +123,7 @@ class MoshiPolicy:
             raise RuntimeError(f"the dialogue was begun for {len(stream.noise)} frames, {frames} cannot be prefilled")
         for index, delay in enumerate(self.lm.delays):
             stream.grid[index, delay + 1 : delay + 1 + frames] = codes[:, index].T
-        self.lm.forward_text(stream.grid[:, :frames].permute(2, 0, 1))
+        stream.step.prefill(stream.grid[:, :frames])
         stream.frame = frames
 
     def end(self) -> None:
