@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from trl.trainer.utils import FusedCausalLMOutput
 
 from envs.errors import InputError
-from rlhf_duplex.data.pair import Pair, stream_format, write_pairs
+from rlhf_duplex.cli import main
+from rlhf_duplex.data.pair import Pair, read_pairs, stream_format, write_pairs
 from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.lora import add_lora, part_of
@@ -25,7 +28,7 @@ from rlhf_duplex.warmstart.config import load_warmstart_config
 from rlhf_duplex.warmstart.data import PairCollator, StreamIds
 from rlhf_duplex.warmstart.model import PairModel, stream_ids
 from rlhf_duplex.warmstart.reference import read_references, reference_key, score_pairs, write_references
-from rlhf_duplex.warmstart.run import split_pairs, warmstart
+from rlhf_duplex.warmstart.run import references_of, split_pairs, warmstart
 from rlhf_duplex.warmstart.trainer import PairDataset, PreferenceTrainer
 
 KINDS = ("interruption", "pause_handling", "turn_taking")
@@ -380,7 +383,7 @@ class TestParts:
 
     def test_a_frozen_part_stays_to_the_bit_and_others_move(self, tmp_path):
         write_pairs(tmp_path / "pairs.jsonl", make_pairs(load_bundle("nano").lm), stream_format(load_bundle("nano")))
-        run(tmp_path, optimiser__learning_rates__embeddings=0)
+        run(tmp_path, optimiser__learning_rates__embeddings=0, evaluation__every=0, checkpointing__every=3)
         before = load_bundle("nano").lm.state_dict()
         after = load_file(tmp_path / "run" / "checkpoints" / "step_000003" / "model.safetensors")
         moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
@@ -409,9 +412,18 @@ def folder(tmp_path, nano):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, nano):
+    """A folder with pairs and a whole run on them, to be read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_pairs(folder / "pairs.jsonl", make_pairs(nano.lm), stream_format(nano))
+    run(folder)
+    return folder
+
+
 class TestRun:
-    def test_what_a_run_leaves(self, folder):
-        run(folder)
+    def test_what_a_run_leaves(self, finished):
+        folder = finished
         lines = read_metrics(folder / "run" / "metrics.jsonl")
         assert [line["update"] for line in lines] == [1, 2, 3]
         assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # before any step: the reference itself
@@ -429,20 +441,23 @@ class TestRun:
         accuracy = lines[-1]["eval_rewards/accuracies"]
         assert f'<th scope="row">All held-out pairs</th><td>{100 * accuracy:.0f} %</td>' in page
 
-    def test_held_out_means_do_not_depend_on_batches(self, folder):
-        values = []
-        for size in (1, 2):
-            run(folder, training__microbatch=size, run_dir=folder / f"run{size}")
-            values.append(read_metrics(folder / f"run{size}" / "metrics.jsonl")[0])
-        for name, value in values[0].items():
-            if name.startswith("eval_"):
-                assert values[1][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    def test_held_out_means_do_not_depend_on_batches(self, tmp_path):
+        bundle, values = load_bundle("nano"), []
+        pairs = make_pairs(bundle.lm, 5)
+        references = torch.linspace(-90, -70, 10).reshape(5, 2)  # far enough from nano's own for losses of any size
+        for size in (1, 2, 5):
+            config = config_of(training__microbatch=size, training__batch_size=10)
+            data = PairDataset(pairs, references)
+            values.append(PreferenceTrainer(bundle, config, data, data, tmp_path).evaluate())
+        assert {"eval_loss", "eval_rewards/margins/pause_handling", "eval_logps/chosen"} <= values[0].keys()
+        for other in values[1:]:
+            assert other == pytest.approx(values[0], rel=1e-3, abs=1e-4)
 
     @pytest.mark.parametrize("lora", [0, 2])
     def test_resumed_is_the_uninterrupted_run_to_the_bit(self, folder, lora):
         keys = {"training__epochs": 2, "lora__rank": lora}  # six steps, the cut lies inside the second epoch
         run(folder, **keys, run_dir=folder / "straight")
-        run(folder, **keys)
+        shutil.copytree(folder / "straight", folder / "run")
         for later in ("step_000005", "step_000006"):
             os.rename(folder / "run" / "checkpoints" / later, folder / later)
         run(folder, **keys, resume="true")
@@ -456,27 +471,25 @@ class TestRun:
         assert logs[0] == logs[1]
 
     def test_adapters_are_merged_in_the_checkpoint_and_exported(self, folder):
-        run(folder, lora__rank=2, optimiser__learning_rates__lora=0.01)
+        run(folder, lora__rank=2, optimiser__learning_rates__lora=0.01, checkpointing__every=3)
         assert not any("lora" in name for name in load_file(folder / "run/checkpoints/step_000003/model.safetensors"))
         base, merged = load_bundle("nano").lm.state_dict(), load_bundle(str(folder / "run")).lm.state_dict()
         assert not torch.equal(base["text_linear.weight"], merged["text_linear.weight"])
         assert torch.equal(base["text_emb.weight"], merged["text_emb.weight"])
         assert json.loads((folder / "run" / "lora" / "config.json").read_text())["lora"] is True
 
-    def test_stale_references_are_noticed(self, folder, capsys):
-        run(folder)
-        run(folder, reference__cache=folder / "run" / "reference.safetensors", run_dir=folder / "same")
-        assert "computed anew" not in capsys.readouterr().out
-        run(
-            folder,
-            reference__cache=folder / "run" / "reference.safetensors",
-            run_dir=folder / "other",
-            loss__span="reply",
-        )
-        assert "computed anew" in capsys.readouterr().out
+    def test_stale_references_are_noticed(self, finished, tmp_path, nano, capsys):
+        shutil.copy(finished / "run" / "reference.safetensors", tmp_path / "kept.safetensors")
+        train, held_out = split_pairs(read_pairs(finished / "pairs.jsonl"))
+        found = []
+        for span in ("pair", "reply"):
+            config = config_of(reference__cache=tmp_path / "kept.safetensors", loss__span=span)
+            found.append(references_of(config, tmp_path, nano, [*train, *held_out], Console(width=300)))
+            assert ("computed anew" in capsys.readouterr().out) == (span == "reply")
+        assert (found[1] < found[0]).all()  # a reply has more frames than the pair's span
 
     def test_simpo_needs_no_reference(self, folder):
-        run(folder, loss__name="simpo", loss__beta=2.0)
+        run(folder, loss__name="simpo", loss__beta=2.0, checkpointing__every=3)
         assert not (folder / "run" / "reference.safetensors").exists()
         assert len(read_metrics(folder / "run" / "metrics.jsonl")) == 3
 
@@ -487,15 +500,15 @@ class TestRun:
         saved = sorted((folder / "run" / "checkpoints").glob("step_*"))
         assert len(saved) < 3
 
-    def test_another_configuration_is_not_resumed(self, folder):
-        run(folder)
+    def test_another_configuration_is_not_resumed(self, finished):
         with pytest.raises(InputError, match=r"loss.beta was 0.3 and is 0.5"):
-            run(folder, resume="true", loss__beta=0.5)
+            run(finished, resume="true", loss__beta=0.5)
 
 
-def start(folder, *extra):
-    """The command in a process of its own, fifteen steps with a checkpoint every second one."""
-    arguments = [
+def arguments_of(folder):
+    """Of a run of fifteen steps with a checkpoint every second one."""
+    return [
+        "warmstart",
         f"pairs={folder / 'pairs.jsonl'}",
         f"run_dir={folder / 'run'}",
         "training.batch_size=2",
@@ -504,51 +517,46 @@ def start(folder, *extra):
         "evaluation.segments=null",
         "evaluation.every=0",
         "checkpointing.every=2",
-        *extra,
     ]
-    command = [sys.executable, "-m", "rlhf_duplex.cli", "warmstart", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(path, process):
+class Interrupting(Console):
+    """A terminal whose user asks the process to stop when the first step is reported."""
+
+    def print(self, *objects, **keys):
+        if objects and str(objects[0]).startswith("step 1/"):
+            signal.raise_signal(signal.SIGTERM)
+        super().print(*objects, **keys)
+
+
+def test_a_request_to_stop_leaves_a_checkpoint_of_the_step_under_way(folder, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_duplex.warmstart.run.make_console", lambda: Interrupting(width=300))
+    assert main(arguments_of(folder)) == 0
+    assert "resume=true" in capsys.readouterr().out
+    done = read_metrics(folder / "run" / "metrics.jsonl")[-1]["update"]
+    assert done < 15
+    last = sorted((folder / "run" / "checkpoints").glob("step_*"))[-1]
+    assert last.name == f"step_{done:06d}"
+    load_bundle(str(last))  # whole
+    assert load_file(last / "optimiser.safetensors")
+
+
+def test_a_killed_process_loses_at_most_one_interval(folder):
+    command = [sys.executable, "-m", "rlhf_duplex.cli", *arguments_of(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not (folder / "run" / "checkpoints" / "step_000004").exists():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_process_loses_at_most_one_interval(folder, number):
-    process = start(folder)
-    wait_for(folder / "run" / "checkpoints" / "step_000004", process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
     done = read_metrics(folder / "run" / "metrics.jsonl")[-1]["update"]
     last = sorted((folder / "run" / "checkpoints").glob("step_*"))[-1]
-    saved = int(last.name.removeprefix("step_"))
-    if number == signal.SIGKILL:
-        assert 0 <= done - saved <= 2
-    else:
-        assert process.returncode == 0
-        assert saved == done  # a request to stop leaves a checkpoint of the last step
-        assert "resume=true" in output
+    assert 0 <= done - int(last.name.removeprefix("step_")) <= 2
     load_bundle(str(last))  # whole
     assert load_file(last / "optimiser.safetensors")
-    rest = ["training.epochs=5", f"pairs={folder / 'pairs.jsonl'}", f"run_dir={folder / 'run'}"]
-    config = load_warmstart_config(
-        None,
-        [
-            *rest,
-            "training.batch_size=2",
-            "training.microbatch=1",
-            "evaluation.segments=null",
-            "evaluation.every=0",
-            "checkpointing.every=2",
-            "resume=true",
-        ],
-    )
-    warmstart(config)
+    assert main([*arguments_of(folder), "resume=true"]) == 0
     lines = read_metrics(folder / "run" / "metrics.jsonl")
     assert [line["update"] for line in lines] == list(range(1, 16))
     assert not list((folder / "run" / "checkpoints").glob(".*"))
