@@ -16,6 +16,16 @@ TRAIN_HELP = """examples:
 EVALUATE_HELP = """examples:
   rlhf-duplex evaluate checkpoint=nano
   rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000022 run_dir=runs/checked"""
+WARMSTART_HELP = """examples:
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml loss.name=sigmoid run_dir=runs/dpo
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml lora.rank=16 reference.mode=lora_off
+  rlhf-duplex warmstart configs/nano_dpo_ln.yaml resume=true
+  rlhf-duplex warmstart configs/moshi_7b_dpo_ln.yaml --dry-run"""
+PIPELINE_HELP = """examples:
+  rlhf-duplex pipeline configs/pipeline.yaml
+  rlhf-duplex pipeline configs/pipeline.yaml run_dir=runs/second
+  rlhf-duplex pipeline configs/pipeline.yaml --dry-run"""
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
@@ -36,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     configured = (
+        ("warmstart", "preference optimisation (DPO-LN) on pairs, offline; evaluates before and after", WARMSTART_HELP),
         ("train", "improve a policy with RL; evaluates before and after, and writes a report", TRAIN_HELP),
         ("evaluate", "play the held-out segments and print every metric with its interval", EVALUATE_HELP),
     )
@@ -48,6 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
+        if name == "warmstart":
+            command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
+    pipeline = commands.add_parser(
+        "pipeline",
+        help="run the stages of a configuration, each only when its inputs have changed",
+        epilog=PIPELINE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pipeline.add_argument("config", type=Path, help="a YAML file with `stages`")
+    pipeline.add_argument("overrides", nargs="*", metavar="key=value")
+    pipeline.add_argument("--dry-run", action="store_true", help="say which stages would run")
     curate = commands.add_parser(
         "curate",
         help="find segments of the four axes in recordings of people, and write a manifest",
@@ -112,11 +134,20 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.command == "rewards":
         return _rewards(options)
-    from rlhf_duplex.config import load_config
+    if options.command == "pipeline":
+        from rlhf_duplex.pipeline import load_pipeline, run_pipeline
 
+        outcome = run_pipeline(load_pipeline(options.config, options.overrides), main, dry=options.dry_run)
+        verb = "would run" if options.dry_run else "ran"
+        print(f"{verb} {', '.join(outcome.ran) or 'nothing'}; done before: {', '.join(outcome.kept) or 'nothing'}")
+        return 0
     path, overrides = None, list(options.arguments)
     if overrides and "=" not in overrides[0]:
         path = Path(overrides.pop(0))
+    if options.command == "warmstart":
+        return _warmstart(path, overrides, options.dry_run)
+    from rlhf_duplex.config import load_config
+
     config = load_config(path, overrides)
     from rlhf_duplex import trainer
 
@@ -136,6 +167,21 @@ def _rewards(options: argparse.Namespace) -> int:
         raise InputError("rewards check needs an axis: give a name, module:Class or file.py")
     else:
         check_axes(options.target, options.options, options.episodes, make_console())
+    return 0
+
+
+def _warmstart(path: Path | None, overrides: list[str], dry: bool) -> int:
+    from rlhf_duplex.warmstart.config import load_warmstart_config
+
+    config = load_warmstart_config(path, overrides)
+    if dry:
+        from rlhf_duplex.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    from rlhf_duplex.warmstart.run import warmstart
+
+    warmstart(config)
     return 0
 
 

@@ -135,6 +135,37 @@ class ClusterConfig:
     workers: int = 0
 
 
+@dataclass
+class LoraConfig:
+    """Low-rank adapters instead of full training; see `rlhf_duplex.policy.lora`.
+
+    Attributes:
+        rank: 0 trains the weights themselves.
+        scaling: of an adapter, alpha / rank.
+        flavour: `moshi` (exported for `moshi.server --lora-weight`) or `peft`.
+        parts: `temporal`, `depth` or both.
+    """
+
+    rank: int = 0
+    scaling: float = 2.0
+    flavour: str = "moshi"
+    parts: list[str] = field(default_factory=lambda: ["temporal"])
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Hold an adapter's options against what can be.
+
+    Raises:
+        InputError: the first that is wrong.
+    """
+    if lora.rank < 0 or not (lora.scaling > 0 and math.isfinite(lora.scaling)):
+        raise InputError(f"lora.rank must be at least 0 and lora.scaling above 0, found {lora.rank} and {lora.scaling}")
+    if lora.flavour not in ("moshi", "peft"):
+        raise InputError(f"lora.flavour '{lora.flavour}' is not known: choose moshi or peft")
+    if not lora.parts or not set(lora.parts) <= {"temporal", "depth"}:
+        raise InputError(f"lora.parts must name temporal, depth or both, found {lora.parts}")
+
+
 def _default_rewards() -> dict[str, Any]:
     return {axis: {"weight": 1.0} for axis in ("pause_handling", "turn_taking", "backchannel", "user_interruption")}
 
@@ -169,6 +200,7 @@ class Config:
     context: ContextConfig = field(default_factory=ContextConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rewards: dict[str, Any] = field(default_factory=_default_rewards)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -187,7 +219,26 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         InputError: no such file, not YAML, an unknown key, a value of the wrong type or out of range.
     """
-    base = OmegaConf.structured(Config)
+    result: Config = load_structured(Config, path, overrides, replaced=("rewards",))
+    check_config(result)
+    return result
+
+
+def load_structured(
+    schema: type, path: Path | None = None, overrides: Sequence[str] = (), replaced: Sequence[str] = ()
+) -> Any:
+    """A configuration of any schema: its defaults, then the file, then `key=value` overrides, each checked for type.
+
+    Args:
+        schema: a dataclass.
+        path: YAML file; its `stages` are those of a pipeline (see `rlhf_duplex.pipeline`) and left out here.
+        overrides: such as `trainer.updates=20`.
+        replaced: keys whose defaults are dropped where the file has the key.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a value of the wrong type.
+    """
+    base = OmegaConf.structured(schema)
     layers = []
     if path is not None:
         if not path.is_file():
@@ -206,24 +257,25 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     config = base
     for source, layer in layers:
         try:
-            if source != "the command line" and OmegaConf.is_dict(layer) and "rewards" in layer:
-                config.rewards = {}
+            if source != "the command line" and OmegaConf.is_dict(layer):
+                layer.pop("stages", None)
+                for key in replaced:
+                    if key in layer:
+                        config[key] = {}
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise InputError(f"{source}: {_explain(error)}") from error
     try:
-        result: Config = OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise InputError(f"the configuration cannot be resolved: {_explain(error)}") from error
-    check_config(result)
-    return result
 
 
 def _explain(error: Exception) -> str:
     key = getattr(error, "full_key", None)
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if key and "not in" in first:
-        return f"unknown configuration key '{key}': see rlhf_duplex/config.py for the keys"
+        return f"unknown configuration key '{key}': see the dataclasses in rlhf_duplex/*config.py for the keys"
     return f"configuration key '{key}': {first}" if key else first
 
 
@@ -277,6 +329,9 @@ def check_config(config: Config) -> None:
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
             raise InputError(f"{key} '{chosen}' is not known: choose {' or '.join(allowed)}")
+    check_lora(config.lora)
+    if config.lora.rank and "temporal" not in config.lora.parts:
+        raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
     if config.cluster.workers != 0:
         raise InputError(f"cluster.workers is {config.cluster.workers}, only 0 (in the process itself) is supported")
     for name in config.trackers:
@@ -293,6 +348,7 @@ _DECIDES_NUMBERS = (
     "sampling",
     "context",
     "detector",
+    "lora",
     "rewards",
 )
 
@@ -308,12 +364,16 @@ def _deciding(value: Any) -> Any:
     return value
 
 
-def check_resumed(config: Config, saved: Path) -> None:
+def check_resumed(
+    config: Any, saved: Path, parts: Sequence[str] = _DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
+) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 
     Args:
         config: the configuration to go on with.
         saved: the run folder's config.yaml; nothing is checked where there is none.
+        parts: the keys, or whole sections, that decide numbers.
+        free: keys in them that may change.
 
     Raises:
         InputError: the first key that differs.
@@ -321,14 +381,14 @@ def check_resumed(config: Config, saved: Path) -> None:
     if not saved.is_file():
         return
     before, now = OmegaConf.load(saved), OmegaConf.create(to_yaml(config))
-    for part in _DECIDES_NUMBERS:
+    for part in parts:
         names = [f"{part}.{name}" for name in now[part]] if OmegaConf.is_dict(now[part]) else [part]
         for key in names:
             old, new = _deciding(OmegaConf.select(before, key)), _deciding(OmegaConf.select(now, key))
-            if old != new and key != "trainer.updates":
+            if old != new and key not in free:
                 raise InputError(f"resume: {key} was {old} and is {new}: a resumed run keeps its configuration")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved configuration."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -16,6 +16,8 @@ from envs.cores import map_on_cores
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
+from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
+from rlhf_duplex.policy.lora import has_lora, part_of
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
 
@@ -80,17 +82,21 @@ class Learner:
         trainer, optimiser: configuration.
         seed: of the order of minibatches.
 
-    The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is.
+    The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is, with
+    adapters as without. Weights that are not trained are shared with it, so that with adapters it costs no memory.
     """
 
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
         self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
-        reference = copy.deepcopy(policy.lm).requires_grad_(False).eval()
-        # The reference keeps its whole vocabulary: cut to its own top-k, KL to it would be infinite.
-        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0))
+        self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
-            parameter.requires_grad_(not name.startswith(("depformer", "linears")))
+            idle = name.startswith(("depformer", "linears"))
+            parameter.requires_grad_(not idle and (not self.adapters or part_of(name) == "lora"))
+        shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
+        reference = copy.deepcopy(policy.lm, shared).requires_grad_(False).eval()
+        # The reference keeps its whole vocabulary: cut to its own top-k, KL to it would be infinite.
+        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0))
         self.parameters = {n: p for n, p in policy.lm.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(),
@@ -196,11 +202,7 @@ class Learner:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as named tensors (safetensors holds nothing else)."""
-        state = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = value.detach().cpu().clone()
-        return state
+        return optimiser_state(self.parameters, self.optimiser)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave (nothing, before the first update).
@@ -208,13 +210,4 @@ class Learner:
         Raises:
             ValueError: a parameter's state is not whole or has another shape.
         """
-        for name, parameter in self.parameters.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            found = {key: state[f"{key}/{name}"] for key in keys if f"{key}/{name}" in state}
-            if found and (len(found) != 3 or found["exp_avg"].shape != parameter.shape):
-                raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
-            if found:
-                self.optimiser.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in found.items()
-                }
+        load_optimiser_state(self.parameters, self.optimiser, state)

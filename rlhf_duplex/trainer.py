@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +33,11 @@ from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantage
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, check_resumed, to_yaml
 from rlhf_duplex.data.codes import open_cache
-from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values, write_results
-from rlhf_duplex.evaluation.suite import Scores, play_suite, save_examples
+from rlhf_duplex.evaluation.metrics import format_table, read_results
+from rlhf_duplex.evaluation.suite import Scores, evaluate_policy
 from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
+from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
@@ -64,6 +65,26 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         InputError: the first thing that is wrong.
     """
+    check_machine(config)
+    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
+    reward_function = RewardFunction(specs)
+    detector = make_detector(config.detector.name, **config.detector.options)
+    segments = load_segments(config.segments, "train", detector)
+    evaluation = config.evaluation.segments
+    if evaluation is None and config.segments == "nano":
+        evaluation = "nano"
+    held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
+    held_out = first_of_each(held_out, config.evaluation.limit)
+    reward_function.prepare([*segments, *held_out])
+    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
+
+
+def check_machine(config: Any) -> None:
+    """Device, trackers and the checkpoint's file headers.
+
+    Raises:
+        InputError: the first that cannot be used.
+    """
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -73,20 +94,9 @@ def load_inputs(config: Config) -> Inputs:
     folder = find_bundle(config.checkpoint)
     if folder is not None:
         check_bundle(local_info(folder))
-    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
-    reward_function = RewardFunction(specs)
-    detector = make_detector(config.detector.name, **config.detector.options)
-    segments = _load_segments(config.segments, "train", detector)
-    evaluation = config.evaluation.segments
-    if evaluation is None and config.segments == "nano":
-        evaluation = "nano"
-    held_out = segments if evaluation is None else _load_segments(evaluation, "heldout", detector)
-    held_out = _first_of_each(held_out, config.evaluation.limit)
-    reward_function.prepare([*segments, *held_out])
-    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
 
 
-def _first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
+def first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
     """The first `limit` segments of every axis (0: all)."""
     seen: dict[str, int] = {}
     kept = []
@@ -97,7 +107,12 @@ def _first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
     return kept
 
 
-def _load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
+def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
+    """A manifest, or the `part` (`train`, `heldout`) of nano's, with its audio read once and its events completed.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
     path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
     segments = read_manifest(path)
     with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
@@ -110,10 +125,11 @@ def _check_audio(segment: Segment) -> None:
     segment.user_audio(audio_info(segment.recording)[0])
 
 
-def prepare_run_dir(config: Config) -> Path:
+def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
     """The run folder, made and writable, with the resolved configuration in it.
 
-    A run that is there already and is not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is
+    not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
 
     Raises:
         InputError: it cannot be written, or the run to resume had another configuration.
@@ -134,7 +150,7 @@ def prepare_run_dir(config: Config) -> Path:
         probe.write_text("")
         probe.unlink()
         if config.resume:
-            check_resumed(config, run_dir / "config.yaml")
+            check(config, run_dir / "config.yaml")
         temporary = run_dir / f".config.{os.getpid()}"
         temporary.write_text(to_yaml(config))
         os.replace(temporary, run_dir / "config.yaml")
@@ -170,6 +186,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
         self.bundle: Bundle = load_bundle(config.checkpoint, config.device, dtype)
+        if config.lora.rank:
+            add_lora(self.bundle.lm, seed=config.seed, **vars(config.lora))
         sampling = Sampling(**vars(config.sampling))
         self.policy = MoshiPolicy(self.bundle.lm, sampling)
         self.codec = self.bundle.codec
@@ -191,32 +209,26 @@ class Trainer:
     def evaluate(self, name: str) -> dict[str, Any]:
         """Play the held-out suite; writes `evaluation/NAME.json` and the episodes that the report shows."""
         config, inputs = self.config, self.inputs
-        with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
-            episodes, scores = play_suite(
-                self.policy,
-                self.env,
-                inputs.reward_function,
-                inputs.held_out,
-                config.evaluation.samples,
-                config.evaluation.seed,
-                config.rollout.batch_size,
-                advance,
-            )
-        folder = self.run_dir / "evaluation"
         extra = {
             "checkpoint": config.checkpoint,
             "update": self.update,
             "lead_in_seconds": config.context.lead_in,
-            "samples": config.evaluation.samples,
             "on_training_segments": inputs.held_out_is_training,
         }
-        figures = inputs.reward_function.metrics()
-        if figures:
-            extra["figures"] = figures
-        values = segment_values(episodes, scores, [*inputs.segments, *inputs.held_out])
-        record = write_results(folder / f"{name}.json", values, extra)
-        save_examples(folder / name, episodes, scores, config.evaluation.episodes)
-        return record
+        with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
+            return evaluate_policy(
+                self.run_dir,
+                name,
+                self.policy,
+                self.env,
+                inputs.reward_function,
+                inputs.held_out,
+                config.evaluation,
+                config.rollout.batch_size,
+                extra,
+                advance,
+                recorded=[*inputs.segments, *inputs.held_out],
+            )
 
     def _suite_frames(self) -> float:
         seconds = sum(s.duration + self.config.context.lead_in for s in self.inputs.held_out)

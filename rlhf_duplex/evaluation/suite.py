@@ -5,12 +5,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from envs.episode import Episode
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
+from rlhf_duplex.config import EvaluationConfig
+from rlhf_duplex.evaluation.metrics import segment_values, write_results
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
 
@@ -39,6 +42,34 @@ def play_suite(
         policy, env, chosen, seeds, contexts, batch_size=batch_size, on_frame=on_frame, on_batch=scores.add
     )
     return episodes, list(scores.finish())
+
+
+def evaluate_policy(
+    run_dir: Path,
+    name: str,
+    policy: MoshiPolicy,
+    env: DuplexDialogueVectorEnv,
+    reward_function: RewardFunction,
+    segments: Sequence[Segment],
+    evaluation: EvaluationConfig,
+    batch_size: int,
+    extra: Mapping[str, Any],
+    on_frame: Callable[[int], None] | None = None,
+    recorded: Sequence[Segment] = (),
+) -> dict[str, Any]:
+    """Play the suite; writes `evaluation/NAME.json` (with `extra` in it) and the episodes that the report shows.
+
+    `recorded` are segments whose agents' words are held to be words, see `segment_values`.
+    """
+    episodes, scores = play_suite(
+        policy, env, reward_function, segments, evaluation.samples, evaluation.seed, batch_size, on_frame
+    )
+    folder = run_dir / "evaluation"
+    figures = reward_function.metrics()
+    extra = {**extra, "samples": evaluation.samples, **({"figures": figures} if figures else {})}
+    record = write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)
+    save_examples(folder / name, episodes, scores, evaluation.episodes)
+    return record
 
 
 def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Scores], per_axis: int) -> None:

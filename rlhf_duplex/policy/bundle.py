@@ -7,6 +7,7 @@ A bundle holds `config.json`, the language model and Mimi as safetensors, and th
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,18 @@ class Bundle:
         """Audio and text to tokens and back, at the sizes of this bundle."""
         return MimiCodec(self.mimi, self.lm, self.tokenizer)
 
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write the bundle, all or nothing: the folder appears whole, replacing one of that name.
 
         Args:
             folder: to write to.
             dtype: of the language model's floating-point weights on disk; None keeps what they have in memory.
+            weights: of the language model, where they are not those in memory (adapters merged, shards gathered).
         """
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -73,25 +80,28 @@ class Bundle:
             config["mimi_config_name"] = _NAMES["mimi_config_name"]
             (temporary / _NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(_weights(self.lm, dtype), str(temporary / _NAMES["moshi_name"]))
-        save_file(_weights(self.mimi, None), str(temporary / _NAMES["mimi_name"]))
+        lm_weights = self.lm.state_dict() if weights is None else weights
+        save_file(_on_disk(lm_weights, dtype), str(temporary / _NAMES["moshi_name"]))
+        save_file(_on_disk(self.mimi.state_dict(), None), str(temporary / _NAMES["mimi_name"]))
         (temporary / _NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 
 
-def _weights(module: torch.nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, value in module.state_dict().items():
+def _on_disk(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in weights.items():
         value = value.detach().cpu()
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
-        weights[name] = value.contiguous().clone()
-    return weights
+        found[name] = value.contiguous().clone()
+    return found
 
 
 def find_bundle(checkpoint: str) -> Path | None:
-    """The local folder of a checkpoint: `nano` or an existing folder; None for a hub repository id.
+    """The local folder of a checkpoint: `nano`, an existing folder; None for a hub repository id.
+
+    A run folder stands for its last checkpoint: `checkpoint=runs/warm` trains on from what a warm start made.
 
     Raises:
         InputError: neither a folder nor the form of a hub id.
@@ -100,7 +110,8 @@ def find_bundle(checkpoint: str) -> Path | None:
         return NANO_FOLDER
     path = Path(checkpoint)
     if path.is_dir():
-        return path
+        steps = [] if (path / "config.json").is_file() else sorted((path / "checkpoints").glob("step_*"))
+        return steps[-1] if steps else path
     if checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~")):
         return None
     raise InputError(

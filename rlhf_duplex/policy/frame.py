@@ -39,6 +39,11 @@ class FrameStep:
         self._depth_in = [index if lm.depformer_multi_linear else 0 for index in schedule]
         self._depth_norms = [plain_norm(norm) for norm in lm.depformer_norms]
 
+    def prefill(self, tokens: torch.Tensor) -> None:
+        """Put tokens `(K, T, n)` of the first T frames, text first, into the temporal transformer's cache."""
+        embedded = self._embed(tokens.roll(-1, 0).flatten(1).t()).unflatten(0, tokens.shape[1:])
+        self.temporal.prefill(embedded.transpose(0, 1))
+
     def text(self, tokens: torch.Tensor, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `(K, n)` of a frame, text first, to hidden states `(n, D)` and text logits `(n, V)`."""
         # Audio first, then text: the order in which Moshi adds them up.

@@ -62,6 +62,12 @@ class PlainTransformer:
             signal = layer.step(signal, position, self._rotation)
         return signal.to(inputs.dtype)
 
+    def prefill(self, inputs: torch.Tensor) -> None:
+        """Inputs `(n, T, D)` at the first T positions into the caches of these rows, so that `step` goes on at T."""
+        signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
+        for layer in self._layers:
+            signal = layer.whole(signal, self._rotation, keep=True)
+
     def whole(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs `(n, T, D)` to outputs `(n, T, D)`; where there are caches they are filled, and `step` goes on at T."""
         signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
@@ -106,10 +112,13 @@ class _Layer:
         signal = signal + self._scale1(self._out[index](attended.reshape(rows, -1)))
         return signal + self._scale2(self._feed[index](self._norm2(signal)))
 
-    def whole(self, signal: torch.Tensor, rotation: "_Rotation | None") -> torch.Tensor:
-        length = signal.shape[1]
+    def whole(self, signal: torch.Tensor, rotation: "_Rotation | None", keep: bool = False) -> torch.Tensor:
+        rows, length = signal.shape[:2]
         projected = self._project(self._norm1(signal), 0, rotation, slice(0, length))
         queries, keys, values = (part.transpose(1, 2) for part in projected)
+        if keep:
+            self._cache[0, :rows, :, :length] = keys
+            self._cache[1, :rows, :, :length] = values
         mask = None
         if length > self._context:
             steps = torch.arange(length, device=signal.device)

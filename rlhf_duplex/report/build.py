@@ -18,6 +18,7 @@ from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.metrics import change, direction, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
 from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered
+from rlhf_duplex.report.preference import preference_charts, preference_rows
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
 from rlhf_duplex.tracking import read_metrics
 
@@ -65,6 +66,8 @@ def build_report(run_dir: Path) -> Path:
         axes=_rows(results),
         has_after=results["after"] is not None,
         reward_charts=_reward_charts(updates),
+        preference_charts=preference_charts(updates),
+        preference_rows=preference_rows(updates),
         learning_charts=_learning_charts(updates),
         examples=examples,
         choice=choice,
@@ -101,14 +104,18 @@ def _facts(config: Mapping, updates: Sequence[Mapping], results: Mapping[str, An
 
     before = results["before"] or results["after"] or {}
     lead_in = before.get("lead_in_seconds", key("context.lead_in"))
+    unit = "Updates" if key("loss") is None else "Steps"
     seconds = sum(u["time/total"] for u in updates if _is_real(u.get("time/total")))
     planned = key("trainer.updates")
     facts = [
         ("Checkpoint", before.get("checkpoint", key("checkpoint"))),
         ("Algorithm", str(key("trainer.algorithm")).upper() if key("trainer.algorithm") else None),
-        ("Updates", f"{len(updates)} of {planned}" if planned is not None else str(len(updates))),
+        (unit, f"{len(updates)} of {planned}" if planned is not None else str(len(updates))),
         ("Groups an update", _times(key("trainer.groups"), key("trainer.group_size"))),
-        ("Learning rate", key("optimiser.learning_rate")),
+        ("Loss", _loss(key("loss"))),
+        ("Pairs", key("pairs")),
+        ("Pairs a step", key("training.batch_size")),
+        ("Learning rate", key("optimiser.learning_rate") or _rates(key("optimiser.learning_rates"), key("lora.rank"))),
         ("Seed", key("seed")),
         ("Lead-in before each segment", None if lead_in is None else f"{lead_in} s of silence"),
         ("Time in updates", _duration(seconds) if seconds else None),
@@ -117,6 +124,26 @@ def _facts(config: Mapping, updates: Sequence[Mapping], results: Mapping[str, An
         ("Evaluation", _suite(before)),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
+
+
+_LOSS_NAMES = {"sigmoid_norm": "DPO-LN", "sigmoid": "DPO", "apo_zero": "APO-Zero", "simpo": "SimPO", "ipo": "IPO"}
+
+
+def _loss(loss: Any) -> str | None:
+    if not isinstance(loss, Mapping):
+        return None
+    name = _LOSS_NAMES.get(str(loss.get("name")), loss.get("name"))
+    return (
+        f"{name}, beta {loss.get('beta')}, {loss.get('streams')} stream{'' if loss.get('streams') == 'text' else 's'}"
+    )
+
+
+def _rates(rates: Any, rank: Any) -> str | None:
+    if not isinstance(rates, Mapping):
+        return None
+    if rank:
+        return f"{rates.get('lora')} (LoRA, rank {rank})"
+    return ", ".join(f"{part} {rate:g}" for part, rate in rates.items() if part != "lora" and _is_real(rate))
 
 
 def _times(groups: Any, size: Any) -> str | None:

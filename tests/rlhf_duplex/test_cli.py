@@ -15,8 +15,10 @@ import soundfile
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
+from rlhf_duplex.pipeline import load_pipeline
 from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.trainer import NANO_DATA
+from rlhf_duplex.warmstart.config import load_warmstart_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +63,7 @@ def failing(capsys, *arguments):
 def test_help_names_the_commands_and_imports_nothing_heavy():
     shown = run("--help")
     assert shown.returncode == 0
-    commands = ("curate", "pairs", "converse", "train", "evaluate", "report")
+    commands = ("curate", "pairs", "converse", "warmstart", "pipeline", "train", "evaluate", "report")
     assert all(name in shown.stdout for name in commands)
     code = "import rlhf_duplex.cli, sys; rlhf_duplex.cli.build_parser(); print('torch' in sys.modules)"
     heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
@@ -72,9 +74,11 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_loads_and_opens_with_its_command(name):
-    load_config(ROOT / "configs" / name)
     first = (ROOT / "configs" / name).read_text().splitlines()[0]
-    assert first.startswith("# rlhf-duplex ")
+    command = first.removeprefix("# rlhf-duplex ").split()[0]
+    {"train": load_config, "warmstart": load_warmstart_config, "pipeline": load_pipeline}[command](
+        ROOT / "configs" / name
+    )
     assert f"configs/{name}" in first
 
 

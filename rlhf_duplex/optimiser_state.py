@@ -1,0 +1,37 @@
+"""An AdamW optimiser's state as named tensors: safetensors holds nothing else, and a name outlives an order."""
+
+from collections.abc import Mapping
+
+import torch
+
+_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def optimiser_state(
+    parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The state of named parameters; empty before the first step."""
+    return {
+        f"{key}/{name}": value.detach().cpu().clone()
+        for name, parameter in parameters.items()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def load_optimiser_state(
+    parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimiser_state` gave.
+
+    Raises:
+        ValueError: a parameter's state is not whole or has another shape.
+    """
+    for name, parameter in parameters.items():
+        found = {key: state[f"{key}/{name}"] for key in _KEYS if f"{key}/{name}" in state}
+        if found and (len(found) != len(_KEYS) or found["exp_avg"].shape != parameter.shape):
+            raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
+        if found:
+            optimiser.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                for key, value in found.items()
+            }

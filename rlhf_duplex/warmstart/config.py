@@ -1,0 +1,294 @@
+"""The configuration of a warm start, with the figures of arXiv 2506.21463 in brackets where nano's are others."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from envs.errors import InputError
+from rlhf_duplex.config import (
+    CheckpointingConfig,
+    DetectorConfig,
+    EvaluationConfig,
+    LoraConfig,
+    SamplingConfig,
+    _default_rewards,
+    check_lora,
+    load_structured,
+)
+from rlhf_duplex.policy.lora import PARTS, part_of
+
+LOSSES = ("sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust", "simpo")
+STREAMS = ("text", "semantic", "audio")
+SPANS = ("pair", "reply")
+
+
+@dataclass
+class LossConfig:
+    """What is optimised.
+
+    Attributes:
+        name: `sigmoid_norm` (DPO-LN), `sigmoid` (DPO), `ipo`, `apo_zero`, `hinge`, `robust` (TRL's `DPOTrainer`) or
+            `simpo` (TRL's `CPOTrainer`, without a reference).
+        beta: weight of the log-ratios [0.3].
+        label_smoothing: of `robust` (the share of flipped pairs) and `simpo`.
+        simpo_gamma: target margin of SimPO, in units of the reward.
+        streams: `text`, `semantic` (text and the agent's semantic codebook) or `audio` (text and all codebooks of the
+            agent): what a reply's log-probability is the sum of.
+        count_pad: whether |y| counts frames in which the text stream is padding (PAD or EPAD). Their log-probabilities
+            are in the sum either way: staying silent is an action. Not given in the paper; without them a silent
+            reply has |y| = 1, which gives it a weight many times that of a spoken one.
+        span: `pair`, the frames that the pair names (from where chosen and rejected part), or `reply`, all that
+            follows the context.
+    """
+
+    name: str = "sigmoid_norm"
+    beta: float = 0.3
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    streams: str = "text"
+    count_pad: bool = True
+    span: str = "pair"
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen policy of the log-ratios: the checkpoint.
+
+    Attributes:
+        mode: `cached`, its log-probabilities are computed once, before training; `lora_off`, on the fly with the
+            adapters switched off.
+        cache: file of `cached`; None is `reference.safetensors` in the run folder. It is bound to the content of pairs
+            and weights and to the options: what is stale is computed anew.
+    """
+
+    mode: str = "cached"
+    cache: str | None = None
+
+
+@dataclass
+class LearningRates:
+    """By part of the model [temporal 5e-9, depth 1e-6; the others not given]; 0 freezes a part.
+
+    The depth transformer learns only from audio streams; with `loss.streams=text` it is not run.
+    """
+
+    temporal: float = 1e-4
+    depth: float = 1e-4
+    embeddings: float = 1e-4
+    lora: float = 1e-3
+
+
+@dataclass
+class WarmstartOptimiser:
+    """AdamW. `schedule`: `cosine` [cosine], `linear` or `constant`, after `warmup_steps` of linear rise."""
+
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    schedule: str = "cosine"
+    warmup_steps: int = 2
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        epochs: passes over the pairs [1].
+        batch_size: pairs an optimiser step, over all devices [16; 32 for SimPO].
+        microbatch: pairs a device takes at once (memory only).
+        gradient_checkpointing: recompute the transformer's layers in the backward pass.
+        autocast: `none` or `bfloat16`: the type that products are computed in, beside `dtype`, that of the weights. A
+            rate of 5e-9 is lost in bfloat16 weights, which keep 8 bits.
+        fsdp: shard weights, gradients and optimiser over the devices (start it with accelerate or torchrun).
+        devices: how many the dry run reckons with; a real run counts them itself.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    microbatch: int = 16
+    gradient_checkpointing: bool = False
+    autocast: str = "none"
+    fsdp: bool = False
+    devices: int = 1
+
+
+@dataclass
+class DryRunConfig:
+    """What `--dry-run` reckons with where the pairs are not made yet: how many, and the seconds of the longest."""
+
+    pairs: int = 0
+    seconds: float = 30.0
+
+
+@dataclass
+class WarmstartEvaluation(EvaluationConfig):
+    """Of the held-out pairs during training, and of the four axes before and after (see `EvaluationConfig`).
+
+    Attributes:
+        every: steps between two evaluations of the held-out pairs; 0: at the end only.
+        pairs: held-out pairs that are evaluated, the first so many of each kind; 0: all.
+        segments: manifest of held-out segments for the axes, `nano` for those that ship with nano; None plays none.
+        lead_in: seconds of silence before each segment.
+    """
+
+    segments: str | None = "nano"
+    every: int = 20
+    pairs: int = 0
+    lead_in: float = 1.0
+    batch_size: int = 256
+
+
+@dataclass
+class WarmstartConfig:
+    """A whole warm start.
+
+    Attributes:
+        run_dir, seed, checkpoint, resume, device, dtype, trackers, codes_cache: as in `rlhf_duplex.config.Config`.
+        pairs: `pairs.jsonl` of `rlhf-duplex pairs`.
+        sampling: how the agent draws its tokens in the evaluation of the axes; the loss has the model's own
+            distribution (temperature 1).
+    """
+
+    run_dir: str = "runs/warm"
+    seed: int = 0
+    checkpoint: str = "nano"
+    pairs: str = "runs/pairs/pairs.jsonl"
+    resume: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimiser: WarmstartOptimiser = field(default_factory=WarmstartOptimiser)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    rewards: dict[str, Any] = field(default_factory=_default_rewards)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    evaluation: WarmstartEvaluation = field(default_factory=WarmstartEvaluation)
+    trackers: list[str] = field(default_factory=list)
+    codes_cache: str = "auto"
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
+
+
+# What a resumed warm start must keep; how it is spread over devices and evaluated may change.
+DECIDES_NUMBERS = ("seed", "checkpoint", "pairs", "dtype", "loss", "lora", "optimiser", "training")
+MAY_CHANGE = ("training.fsdp", "training.devices", "training.gradient_checkpointing")
+
+
+def load_warmstart_config(path: Path | None = None, overrides: Sequence[str] = ()) -> WarmstartConfig:
+    """Defaults, then the file, then `key=value` overrides; checked.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    config: WarmstartConfig = load_structured(WarmstartConfig, path, overrides, replaced=("rewards",))
+    check_warmstart(config)
+    return config
+
+
+def check_warmstart(config: WarmstartConfig) -> None:
+    """Values that no type can rule out.
+
+    Raises:
+        InputError: the first that is wrong.
+    """
+    loss, optimiser, training = config.loss, config.optimiser, config.training
+    choices = {
+        "loss.name": (loss.name, LOSSES),
+        "loss.streams": (loss.streams, STREAMS),
+        "loss.span": (loss.span, SPANS),
+        "reference.mode": (config.reference.mode, ("cached", "lora_off")),
+        "optimiser.schedule": (optimiser.schedule, ("cosine", "linear", "constant")),
+        "training.autocast": (training.autocast, ("none", "bfloat16")),
+        "dtype": (config.dtype, ("float32", "bfloat16")),
+    }
+    for key, (chosen, allowed) in choices.items():
+        if chosen not in allowed:
+            raise InputError(f"{key} '{chosen}' is not known: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
+    positive = {
+        "loss.beta": loss.beta,
+        "optimiser.clip_norm": optimiser.clip_norm,
+        "training.epochs": training.epochs,
+        "training.batch_size": training.batch_size,
+        "training.microbatch": training.microbatch,
+        "training.devices": training.devices,
+        "dry_run.seconds": config.dry_run.seconds,
+        "checkpointing.every": config.checkpointing.every,
+        "checkpointing.keep": config.checkpointing.keep,
+        "evaluation.samples": config.evaluation.samples,
+        "evaluation.batch_size": config.evaluation.batch_size,
+    }
+    for key, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{key} must be above 0, found {value}")
+    not_negative = {
+        "seed": config.seed,
+        "loss.simpo_gamma": loss.simpo_gamma,
+        "optimiser.weight_decay": optimiser.weight_decay,
+        "optimiser.warmup_steps": optimiser.warmup_steps,
+        "dry_run.pairs": config.dry_run.pairs,
+        "evaluation.every": config.evaluation.every,
+        "evaluation.pairs": config.evaluation.pairs,
+        "evaluation.limit": config.evaluation.limit,
+        "evaluation.episodes": config.evaluation.episodes,
+        "evaluation.seed": config.evaluation.seed,
+        "evaluation.lead_in": config.evaluation.lead_in,
+        **{f"optimiser.learning_rates.{part}": rate for part, rate in vars(optimiser.learning_rates).items()},
+    }
+    for key, value in not_negative.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"{key} must be a number of at least 0, found {value}")
+    if not 0 <= loss.label_smoothing < 0.5:
+        raise InputError(f"loss.label_smoothing must lie in [0, 0.5), found {loss.label_smoothing}")
+    if not all(0 <= beta < 1 for beta in optimiser.betas):
+        raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
+    check_lora(config.lora)
+    if config.reference.mode == "lora_off" and not config.lora.rank:
+        raise InputError("reference.mode=lora_off needs adapters: set lora.rank, or take reference.mode=cached")
+    if not trained_parts(config):
+        raise InputError("nothing is left to train: give a part of optimiser.learning_rates a rate above 0")
+    accumulation_steps(config, training.devices)
+    for name in config.trackers:
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
+
+
+def trained_parts(config: WarmstartConfig) -> dict[str, float]:
+    """The parts that are trained, with their rates: adapters alone where there are any, and the depth transformer only
+    where the loss has audio streams to teach it."""
+    rates = vars(config.optimiser.learning_rates)
+    if config.lora.rank:
+        return {"lora": rates["lora"]} if rates["lora"] > 0 else {}
+    depth = config.loss.streams != "text"
+    return {part: rates[part] for part in PARTS if rates[part] > 0 and (part != "depth" or depth)}
+
+
+def set_trained(lm: nn.Module, config: WarmstartConfig) -> None:
+    """Let the parts of the configuration learn, and freeze everything else, so that it costs no gradient."""
+    parts = trained_parts(config)
+    text_only = config.loss.streams == "text"
+    for name, parameter in lm.named_parameters():
+        idle = text_only and name.startswith(("depformer", "linears"))
+        parameter.requires_grad_(part_of(name) in parts and not idle)
+
+
+def accumulation_steps(config: WarmstartConfig, devices: int) -> int:
+    """Forward passes of a device in an optimiser step.
+
+    Raises:
+        InputError: the batch cannot be cut evenly.
+    """
+    batch, micro = config.training.batch_size, config.training.microbatch
+    if batch % (micro * devices):
+        raise InputError(
+            f"training.batch_size {batch} is no multiple of training.microbatch {micro} x {devices} "
+            f"device{'s' if devices > 1 else ''}"
+        )
+    return batch // (micro * devices)
