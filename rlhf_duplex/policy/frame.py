@@ -50,12 +50,6 @@ class FrameStep:
         hidden = self._norm(self.temporal.step(self._embed(tokens.roll(-1, 0).t()), frame))
         return hidden, self.lm.text_linear(hidden)
 
-    def prefill(self, tokens: torch.Tensor) -> None:
-        """Tokens `(K, T, n)` of the first frames, all at once: `text` goes on at frame T."""
-        _, frames, rows = tokens.shape
-        inputs = self._embed(tokens.roll(-1, 0).flatten(1).t())
-        self.temporal.whole(inputs.view(frames, rows, -1).transpose(0, 1))
-
     def project(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states `(n, D)` as the depth transformer takes them, for each of its steps (shared where equal)."""
         projected = {index: self.lm.depformer_in[index](hidden) for index in dict.fromkeys(self._depth_in)}

@@ -69,7 +69,7 @@ class PlainTransformer:
             signal = layer.whole(signal, self._rotation, keep=True)
 
     def whole(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs `(n, T, D)` to outputs `(n, T, D)`; where there are caches they are filled, and `step` goes on at T."""
+        """Inputs `(n, T, D)` to outputs `(n, T, D)`."""
         signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
         for layer in self._layers:
             if self._transformer.checkpointing and torch.is_grad_enabled():
@@ -124,9 +124,6 @@ class _Layer:
             steps = torch.arange(length, device=signal.device)
             delta = steps[:, None] - steps
             mask = (delta >= 0) & (delta < self._context)
-        if self._cache.shape[1]:
-            for kept, part in zip(self._cache, (keys, values), strict=True):
-                kept[: len(part), :, :length] = part
         keys, values = self._repeated(keys, values)
         attended = functional.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None)
         signal = signal + self._scale1(self._out[0](attended.transpose(1, 2).flatten(-2)))
