@@ -63,7 +63,7 @@ class PlainTransformer:
         return signal.to(inputs.dtype)
 
     def whole(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs `(n, T, D)` to outputs `(n, T, D)`; where there are caches they are filled, and `step` goes on at T."""
+        """Inputs `(n, T, D)` to outputs `(n, T, D)`. Where there are caches they are filled: `step` goes on at T."""
         signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
         for layer in self._layers:
             if self._transformer.checkpointing and torch.is_grad_enabled():
