@@ -9,6 +9,7 @@ person runs it, in a process of its own whose peak memory is measured together w
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -31,18 +32,17 @@ NANO_RECORDINGS = Path(__file__).parents[2] / "rlhf_duplex" / "nano_data" / "hel
 def make_corpus(folder: Path, hours: float, minutes: float, source: Path) -> float:
     """A folder of stereo files of `minutes` each, the same two under many names; gives its hours."""
     folder.mkdir(parents=True)
-    parts: list[np.ndarray] = []
     paths = sorted(p for p in source.rglob("*") if p.suffix in AUDIO_SUFFIXES)
     rate = soundfile.info(str(paths[0])).samplerate
-    needed = round(2 * minutes * 60 * rate)
-    position = 0
-    while sum(map(len, parts)) < needed:
-        audio, own = soundfile.read(str(paths[position % len(paths)]), dtype="float32", always_2d=True)
-        parts.append(resample(audio[:, :2].T, own, rate).T if own != rate else audio[:, :2])
-        position += 1
-    both = np.concatenate(parts)[:needed]
-    for index, half in enumerate(np.split(both, 2)):
-        soundfile.write(str(folder / f"{index:06d}.flac"), half, rate)
+    turn = itertools.cycle(paths)
+    for index in range(2):
+        missing = round(minutes * 60 * rate)
+        with soundfile.SoundFile(str(folder / f"{index:06d}.flac"), "w", rate, channels=2) as file:
+            while missing:
+                audio, own = soundfile.read(str(next(turn)), dtype="float32", always_2d=True)
+                taken = resample(audio[:, :2].T, own, rate).T[:missing]
+                file.write(taken)
+                missing -= len(taken)
     count = max(2, round(hours * 60 / minutes))
     for index in range(2, count):
         os.link(folder / f"{index % 2:06d}.flac", folder / f"{index:06d}.flac")
