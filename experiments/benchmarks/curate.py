@@ -29,11 +29,10 @@ from envs.audio import AUDIO_SUFFIXES, resample
 NANO_RECORDINGS = Path(__file__).parents[2] / "rlhf_duplex" / "nano_data" / "heldout"
 
 
-def make_corpus(folder: Path, hours: float, minutes: float, source: Path) -> float:
-    """A folder of stereo files of `minutes` each, the same two under many names; gives its hours."""
+def make_corpus(folder: Path, hours: float, minutes: float, source: Path, rate: int) -> float:
+    """A folder of stereo files of `minutes` each at `rate`, the same two under many names; gives its hours."""
     folder.mkdir(parents=True)
     paths = sorted(p for p in source.rglob("*") if p.suffix in AUDIO_SUFFIXES)
-    rate = soundfile.info(str(paths[0])).samplerate
     turn = itertools.cycle(paths)
     for index in range(2):
         missing = round(minutes * 60 * rate)
@@ -129,7 +128,7 @@ def detection(path: Path, repeats: int = 3) -> dict[str, float]:
 
 
 def measure(
-    hours: float = 4.0, minutes: float = 10.0, workers: int = 2, source: Path | None = None
+    hours: float = 4.0, minutes: float = 10.0, workers: int = 2, source: Path | None = None, rate: int = 8000
 ) -> dict[str, float]:
     """Speed and memory of the command at `hours` and at a quarter of them, and of one process on short and long files.
 
@@ -142,11 +141,11 @@ def measure(
     source = source or NANO_RECORDINGS
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        made = make_corpus(root / "all", hours, minutes, source)
-        make_corpus(root / "quarter", hours / 4, minutes, source)
-        make_corpus(root / "one", 2 * minutes / 60, minutes, source)
-        make_corpus(root / "long", 12 * minutes / 60, 6 * minutes, source)
-        make_corpus(root / "short", 2 / 60, 1.0, source)
+        made = make_corpus(root / "all", hours, minutes, source, rate)
+        make_corpus(root / "quarter", hours / 4, minutes, source, rate)
+        make_corpus(root / "one", 2 * minutes / 60, minutes, source, rate)
+        make_corpus(root / "long", 12 * minutes / 60, 6 * minutes, source, rate)
+        make_corpus(root / "short", 2 / 60, 1.0, source, rate)
         ratio = detection(root / "short" / "000000.flac")
         quarter, whole = run_curate(root / "quarter", workers), run_curate(root / "all", workers)
         alone, long = run_curate(root / "one", 0), run_curate(root / "long", 0)
@@ -171,9 +170,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of each file")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--from", dest="source", type=Path, help="folder of two-channel recordings")
+    parser.add_argument("--rate", type=int, default=8000, help="Hz of the files (nano speaks at 8 kHz)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = measure(options.hours, options.minutes, options.workers, options.source)
+    result: dict[str, Any] = measure(options.hours, options.minutes, options.workers, options.source, options.rate)
     for name, value in result.items():
         print(f"{name:36} {value:.4g}")
     if options.json:

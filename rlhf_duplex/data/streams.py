@@ -111,7 +111,7 @@ class Streams:
         A word begins at its first token; it ends where the next begins, at most `WORD_SECONDS` after its last token.
         """
         found = self.codec.decode_words(list(stream))
-        begins = [first for _, first, _ in found[1:]] + [len(stream)]
+        begins = [*(first for _, first, _ in found), len(stream)][1:]
         return [
             Word(text, first / self.frame_rate, min(following / self.frame_rate, last / self.frame_rate + WORD_SECONDS))
             for (text, first, last), following in zip(found, begins, strict=True)

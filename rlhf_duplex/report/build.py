@@ -151,7 +151,8 @@ def _times(groups: Any, size: Any) -> str | None:
 
 
 def _suite(result: Mapping[str, Any]) -> str | None:
-    counts = [max((e["n"] for e in metrics.values()), default=0) for metrics in result.get("axes", {}).values()]
+    rows = {axis: metrics for axis, metrics in result.get("axes", {}).items() if axis in SEGMENT_AXES}
+    counts = [max((e["n"] for e in metrics.values()), default=0) for metrics in rows.values()]
     if not counts:
         return None
     samples = result.get("samples", 1)
