@@ -175,8 +175,8 @@ class ConversationPairs:
         if [w.strip(".,?!").lower() for w in kept] == [w.text.lower() for w in dialogue.words_of(problem.reply)]:
             raise Unusable("the rewrite is the reply itself")
         rate = dialogue.log.sample_rate
-        unit = problem.reply.units[0]
-        spoken = dialogue.log.agent_audio[round(unit.start * rate) : round(unit.end * rate)]
+        units = [dialogue.log.agent_audio[round(u.start * rate) : round(u.end * rate)] for u in problem.reply.units]
+        spoken = np.concatenate(units)  # the first alone may be a murmur
         level = float(np.sqrt(np.mean(spoken**2)))
         try:
             return fitted(self.synthesiser.speak(text), text, rate, level, self.detector)

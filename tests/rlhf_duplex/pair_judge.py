@@ -4,7 +4,7 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
-REWRITE = "Take a walk 7 and think about it."  # nano has no token for the 7
+REWRITE = "You can find one 7 near the station."  # nano has no token for the 7
 VERDICT = {
     "reason": "It <b>ignores</b> the question.",
     "rewrite": REWRITE,
