@@ -184,7 +184,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     if not before or not after:
         return ""
     found: dict[str, list[str]] = {}
-    for axis in before["axes"]:
+    for axis in [axis for axis, metrics in before["axes"].items() if "reward" in metrics]:
         word = verdict(axis, "reward", change(before, after, axis, "reward"))
         found.setdefault(word, []).append(axis_title(axis).lower())
     texts = {

@@ -18,6 +18,7 @@ AXIS_TITLES: dict[str, str] = {
     "backchannel": "Backchannel",
     "user_interruption": "User interruption",
     "content": "Content",
+    "words": "Words",
 }
 
 _LABELS: dict[tuple[str, str], Label] = {
@@ -35,6 +36,9 @@ _LABELS: dict[tuple[str, str], Label] = {
     ("user_interruption", "reward"): Label("reward", "s", "minus the time from the interruption's end to the answer"),
     ("user_interruption", "takeover_rate"): Label("answer rate", "%", "episodes with an answer after the interruption"),
     ("user_interruption", "latency"): Label("latency", "s", "from the interruption's end to the answer, if any"),
+    ("words", "known"): Label("known words", "%", "the agent's words that recorded agents say"),
+    ("words", "known_pairs"): Label("known pairs", "%", "its neighbouring words that are neighbours there too"),
+    ("words", "repeated_4grams"): Label("repeated 4-grams", "%", "of its words, in one episode"),
 }
 
 _ORDER = ("reward", "takeover_rate", "barge_in_rate", "latency", "f1", "frequency", "jsd")
