@@ -15,7 +15,7 @@ TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml resume=true"""
 EVALUATE_HELP = """examples:
   rlhf-duplex evaluate checkpoint=nano
-  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000022 run_dir=runs/checked"""
+  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000045 run_dir=runs/checked"""
 WARMSTART_HELP = """examples:
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml loss.name=sigmoid run_dir=runs/dpo
