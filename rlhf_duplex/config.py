@@ -24,8 +24,11 @@ class TrainerConfig:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
             ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
-        objective: what was done at a frame: `tokens`, the text token that was drawn, or `speaking`, whether it was the
-            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not.
+        objective: what the advantage is put on: `tokens`, the text token that was drawn at every frame; `speaking`,
+            whether it was the padding token or any other (ASPIRin, arXiv 2604.10065); or `onsets`, the text token at
+            the frames in which the agent has been silent for `onset_frames` and may begin: when to begin, and with
+            which word, is learned, how a sentence goes on is not.
+        onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
@@ -41,6 +44,7 @@ class TrainerConfig:
 
     algorithm: str = "grpo"
     objective: str = "tokens"
+    onset_frames: int = 8
     updates: int = 24
     groups: int = 12
     group_size: int = 16
@@ -301,6 +305,7 @@ def check_config(config: Config) -> None:
         "trainer.minibatch": trainer.minibatch,
         "trainer.microbatch": trainer.microbatch,
         "trainer.passes": trainer.passes,
+        "trainer.onset_frames": trainer.onset_frames,
         "rollout.batch_size": config.rollout.batch_size,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
@@ -336,7 +341,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
         "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
-        "trainer.objective": (trainer.objective, ("tokens", "speaking")),
+        "trainer.objective": (trainer.objective, ("tokens", "speaking", "onsets")),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),

@@ -14,7 +14,7 @@ import torch
 
 from envs.cores import map_on_cores
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, onset_mask, speaking_log_probs
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.lora import has_lora, part_of
@@ -33,7 +33,7 @@ class Batch:
         codes: `(B, K, T)` int64, -1 in the padding.
         log_probs: `(B, T)` of the behaviour policy.
         mask: `(B, T)` bool, the frames that the loss is about.
-        advantages: `(B,)`.
+        advantages: `(B,)`, or `(B, T)` where they differ from frame to frame.
     """
 
     codes: torch.Tensor
@@ -48,7 +48,7 @@ class Batch:
             self.codes[index, :, :length],
             self.log_probs[index, :length],
             self.mask[index, :length],
-            self.advantages[index],
+            self.advantages[index] if self.advantages.ndim == 1 else self.advantages[index, :length],
         )
 
 
@@ -135,6 +135,11 @@ class Learner:
         seen: dict[str, list[float]] = defaultdict(list)
         if self.trainer.objective == "speaking":
             batch = replace(batch, log_probs=self._speaking_log_probs(batch))
+        if self.trainer.objective == "onsets":
+            text, lm = batch.codes[:, 0], self.policy.lm
+            spoken = (text >= 0) & (text != lm.text_padding_token_id) & (text != lm.end_of_text_padding_id)
+            onsets = onset_mask(spoken, self.trainer.onset_frames)
+            batch = replace(batch, advantages=batch.advantages[:, None] * onsets)
         # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
         length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):

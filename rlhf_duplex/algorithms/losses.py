@@ -42,6 +42,16 @@ def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
     return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
 
 
+def onset_mask(spoken: torch.Tensor, frames: int) -> torch.Tensor:
+    """Where an agent that is silent may begin: `(B, T)` bool, True where none of the `frames` frames before has a word.
+
+    Args:
+        spoken: `(B, T)` bool, a word's token was drawn at this frame.
+    """
+    before = torch.nn.functional.pad(spoken.float(), (frames, 0))[:, None, :-1]
+    return torch.nn.functional.max_pool1d(before, frames, stride=1)[:, 0] == 0
+
+
 def grpo_loss(
     log_probs: torch.Tensor,
     behaviour_log_probs: torch.Tensor,
