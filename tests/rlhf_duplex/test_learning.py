@@ -78,6 +78,7 @@ def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
     "options",
     [
         {"objective": "speaking", "word_kl_beta": 0.1, "passes": 2},
+        {"objective": "onsets"},
         {"algorithm": "gspo", "clip": 4e-4},
         {"algorithm": "dr_grpo", "clip_high": 0.28},
         {"algorithm": "rloo"},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, onset_mask, speaking_log_probs
 
 
 def test_loss_by_hand():
@@ -110,3 +110,10 @@ def test_kl_is_the_sum_of_timing_and_words():
     timing = exact_kl(speaking_log_probs(policy.log(), 0), speaking_log_probs(reference.log(), 0))
     words = 0.5 * (0.8 * math.log(0.8 / 0.25) + 0.2 * math.log(0.2 / 0.75))
     assert (exact_kl(policy.log(), reference.log()) - timing).item() == pytest.approx(words, abs=1e-6)
+
+
+def test_onsets_are_where_nothing_was_said_just_before():
+    spoken = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0]]).bool()
+    # Two silent frames are asked for: the first word's own frame is an onset, the second's after three silent ones too.
+    assert onset_mask(spoken, 2).int().tolist() == [[1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1]]
+    assert onset_mask(spoken, 20).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]
