@@ -24,10 +24,10 @@ class TrainerConfig:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
             ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
-        objective: what the advantage is put on: `tokens`, the text token that was drawn at every frame; `speaking`,
-            whether it was the padding token or any other (ASPIRin, arXiv 2604.10065); or `onsets`, the text token at
-            the frames in which the agent has been silent for `onset_frames` and may begin: when to begin, and with
-            which word, is learned, how a sentence goes on is not.
+        objective: what was done at a frame: `tokens`, the text token that was drawn; `speaking`, whether it was the
+            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not; or
+            `onsets`, the token where the agent has been silent for `onset_frames` and may begin, `speaking` elsewhere:
+            also with which word to begin is learned (an "mm-hm" or a sentence), how a sentence goes on is not.
         onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].

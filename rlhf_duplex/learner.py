@@ -133,13 +133,8 @@ class Learner:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
         seen: dict[str, list[float]] = defaultdict(list)
-        if self.trainer.objective == "speaking":
-            batch = replace(batch, log_probs=self._speaking_log_probs(batch))
-        if self.trainer.objective == "onsets":
-            text, lm = batch.codes[:, 0], self.policy.lm
-            spoken = (text >= 0) & (text != lm.text_padding_token_id) & (text != lm.end_of_text_padding_id)
-            onsets = onset_mask(spoken, self.trainer.onset_frames)
-            batch = replace(batch, advantages=batch.advantages[:, None] * onsets)
+        if self.trainer.objective != "tokens":
+            batch = replace(batch, log_probs=self._behaviour_log_probs(batch))
         # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
         length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):
@@ -155,8 +150,8 @@ class Learner:
         joined["mismatch/kl"] = seen["approx_kl"][0]
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
-    def _speaking_log_probs(self, batch: Batch) -> torch.Tensor:
-        """`(B, T)` of {silent, speak} under the policy as it is before the update: the one that acted."""
+    def _behaviour_log_probs(self, batch: Batch) -> torch.Tensor:
+        """`(B, T)` of what was done, as the objective sees it, under the policy before the update: the one that acted."""
 
         @torch.no_grad()
         def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,9 +168,12 @@ class Learner:
         """`(B, T)` of what was done, as the objective sees it."""
         if self.trainer.objective == "tokens":
             return tokens
-        silent = self.policy.lm.text_padding_token_id
-        spoke = (codes[:, 0] != silent).long()
-        return speaking_log_probs(distribution, silent).gather(-1, spoke[..., None])[..., 0]
+        text, silent = codes[:, 0], self.policy.lm.text_padding_token_id
+        speaking = speaking_log_probs(distribution, silent).gather(-1, (text != silent).long()[..., None])[..., 0]
+        if self.trainer.objective == "speaking":
+            return speaking
+        spoken = (text >= 0) & (text != silent) & (text != self.policy.lm.end_of_text_padding_id)
+        return torch.where(onset_mask(spoken, self.trainer.onset_frames), tokens, speaking)
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
