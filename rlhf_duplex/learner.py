@@ -151,7 +151,7 @@ class Learner:
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
     def _behaviour_log_probs(self, batch: Batch) -> torch.Tensor:
-        """`(B, T)` of what was done, as the objective sees it, under the policy before the update: the one that acted."""
+        """`(B, T)` of what was done, as the objective sees it, under the policy that acted: that before the update."""
 
         @torch.no_grad()
         def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
