@@ -36,8 +36,8 @@ class TrainerConfig:
         passes: times that an update goes over its episodes.
         clip: eps of the ratio [0.2]; clip_high: eps above 1 where it is another (DAPO's clip-higher: 0.28).
         kl_beta: weight of KL[policy || reference] [0.01].
-        word_kl_beta: further weight of that part of the KL which is about the token given that the agent speaks (KL is
-            the sum of this part and of that between {silent, speak}): keeps the words and leaves the timing free.
+        sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
+            token: keeps how sentences go on, and leaves free when they begin.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
     """
@@ -54,7 +54,7 @@ class TrainerConfig:
     clip: float = 0.2
     clip_high: float | None = None
     kl_beta: float = 0.01
-    word_kl_beta: float = 0.0
+    sentence_kl_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
 
@@ -328,7 +328,7 @@ def check_config(config: Config) -> None:
         "trainer.clip": trainer.clip,
         "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
         "trainer.kl_beta": trainer.kl_beta,
-        "trainer.word_kl_beta": trainer.word_kl_beta,
+        "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,

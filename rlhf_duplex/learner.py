@@ -172,8 +172,13 @@ class Learner:
         speaking = speaking_log_probs(distribution, silent).gather(-1, (text != silent).long()[..., None])[..., 0]
         if self.trainer.objective == "speaking":
             return speaking
-        spoken = (text >= 0) & (text != silent) & (text != self.policy.lm.end_of_text_padding_id)
-        return torch.where(onset_mask(spoken, self.trainer.onset_frames), tokens, speaking)
+        return torch.where(self._onsets(codes), tokens, speaking)
+
+    def _onsets(self, codes: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` bool: the agent was silent for a while and may begin."""
+        text, lm = codes[:, 0], self.policy.lm
+        spoken = (text >= 0) & (text != lm.text_padding_token_id) & (text != lm.end_of_text_padding_id)
+        return onset_mask(spoken, self.trainer.onset_frames)
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -218,19 +223,17 @@ class Learner:
         with torch.no_grad():
             _, reference = self.reference.evaluate_actions(batch.codes)
         kl = exact_kl(distribution, reference)
-        penalty, trainer = kl, self.trainer
-        if trainer.word_kl_beta:
-            silent = self.policy.lm.text_padding_token_id
-            timing = exact_kl(speaking_log_probs(distribution, silent), speaking_log_probs(reference, silent))
-            penalty = trainer.kl_beta * kl + trainer.word_kl_beta * (kl - timing)
+        trainer = self.trainer
+        # Weighted by frame; `grpo_loss` takes the mean over all of them.
+        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self._onsets(batch.codes)).float()
         loss, diagnostics = grpo_loss(
             self._log_probs(tokens, distribution, batch.codes),
             batch.log_probs,
             batch.advantages,
-            penalty,
+            weight * kl,
             batch.mask,
             trainer.clip,
-            1.0 if trainer.word_kl_beta else trainer.kl_beta,
+            1.0,
             trainer.clip_high,
             sequence_ratio=trainer.algorithm == "gspo",
             length=length,
@@ -238,8 +241,6 @@ class Learner:
         with torch.no_grad():
             diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
-            if trainer.word_kl_beta:
-                diagnostics["kl_words"] = masked_mean(kl - timing, batch.mask).mean()
         return loss, diagnostics
 
     def state(self) -> dict[str, torch.Tensor]:
