@@ -133,6 +133,8 @@ class EvaluationConfig:
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
+        before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
+            episodes beside it) instead of playing them again; None plays them.
     """
 
     segments: str | None = None
@@ -140,6 +142,7 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
+    before: str | None = None
 
 
 @dataclass
@@ -193,6 +196,7 @@ class Config:
         seed: of everything random.
         checkpoint: `nano`, a bundle's folder, or a hub id.
         segments: manifest to train on, or `nano` for the segments that ship with it.
+        train_axes: train on the segments of these axes only; empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         rewards: by axis, `weight`, `target` and the axis' own options.
@@ -205,6 +209,7 @@ class Config:
     seed: int = 0
     checkpoint: str = "nano"
     segments: str = "nano"
+    train_axes: list[str] = field(default_factory=list)
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -359,10 +364,11 @@ def check_config(config: Config) -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
-_DECIDES_NUMBERS = (
+DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
+    "train_axes",
     "trainer",
     "optimiser",
     "sampling",
@@ -385,7 +391,7 @@ def _deciding(value: Any) -> Any:
 
 
 def check_resumed(
-    config: Any, saved: Path, parts: Sequence[str] = _DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
+    config: Any, saved: Path, parts: Sequence[str] = DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
 ) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 
