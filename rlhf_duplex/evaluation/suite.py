@@ -1,6 +1,7 @@
 """Playing the held-out segments: episodes and their scores, the same user and the same seeds for every policy."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
