@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 
 
 @dataclass
@@ -24,11 +25,8 @@ class TrainerConfig:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
             ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
-        objective: what was done at a frame: `tokens`, the text token that was drawn; `speaking`, whether it was the
-            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not; or
-            `onsets`, the token where the agent has been silent for `onset_frames` and may begin, `speaking` elsewhere:
-            also with which word to begin is learned (an "mm-hm" or a sentence), how a sentence goes on is not.
-        onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
+        objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
+            `rlhf_duplex.algorithms.objectives.Objective`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
@@ -346,7 +344,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
         "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
-        "trainer.objective": (trainer.objective, ("tokens", "speaking", "onsets")),
+        "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),

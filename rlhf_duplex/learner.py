@@ -14,7 +14,8 @@ import torch
 
 from envs.cores import map_on_cores
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, onset_mask, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.lora import has_lora, part_of
@@ -88,6 +89,12 @@ class Learner:
 
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
         self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
+        self.objective = Objective(
+            trainer.objective,
+            policy.lm.text_padding_token_id,
+            policy.lm.end_of_text_padding_id,
+            trainer.onset_frames,
+        )
         self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
@@ -156,29 +163,13 @@ class Learner:
         @torch.no_grad()
         def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             rows = batch.rows(index)
-            return index, self._log_probs(*self.policy.evaluate_actions(rows.codes), rows.codes)
+            return index, self.objective.log_probs(self.policy.evaluate_actions(rows.codes)[1], rows.codes[:, 0])
 
         result = torch.zeros_like(batch.log_probs)
         order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
         for index, values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
             result[index, : values.shape[1]] = values
         return result
-
-    def _log_probs(self, tokens: torch.Tensor, distribution: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` of what was done, as the objective sees it."""
-        if self.trainer.objective == "tokens":
-            return tokens
-        text, silent = codes[:, 0], self.policy.lm.text_padding_token_id
-        speaking = speaking_log_probs(distribution, silent).gather(-1, (text != silent).long()[..., None])[..., 0]
-        if self.trainer.objective == "speaking":
-            return speaking
-        return torch.where(self._onsets(codes), tokens, speaking)
-
-    def _onsets(self, codes: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` bool: the agent was silent for a while and may begin."""
-        text, lm = codes[:, 0], self.policy.lm
-        spoken = (text >= 0) & (text != lm.text_padding_token_id) & (text != lm.end_of_text_padding_id)
-        return onset_mask(spoken, self.trainer.onset_frames)
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -219,15 +210,15 @@ class Learner:
         return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        tokens, distribution = self.policy.evaluate_actions(batch.codes)
+        _, distribution = self.policy.evaluate_actions(batch.codes)
         with torch.no_grad():
             _, reference = self.reference.evaluate_actions(batch.codes)
         kl = exact_kl(distribution, reference)
         trainer = self.trainer
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
-        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self._onsets(batch.codes)).float()
+        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
-            self._log_probs(tokens, distribution, batch.codes),
+            self.objective.log_probs(distribution, batch.codes[:, 0]),
             batch.log_probs,
             batch.advantages,
             weight * kl,
