@@ -17,7 +17,7 @@ from rich.console import Console
 
 from envs.errors import InputError
 from rlhf_duplex.ablate.plan import Plan, Trial, as_arguments
-from rlhf_duplex.ablate.table import plan_tables, write_table
+from rlhf_duplex.ablate.table import condition_values, plan_tables, write_table
 from rlhf_duplex.ablate.trial import (
     Job,
     Record,
@@ -205,7 +205,7 @@ def write_tables(plan: Plan) -> list[Path]:
         "base": plan.config.base,
         "baseline": plan.baseline.name,
         "metrics": plan.config.metrics,
-        "conditions": [asdict(condition) for condition in plan.conditions],
+        "conditions": [{"name": name, "values": values} for name, values in condition_values(plan).items()],
         "skipped": [asdict(skipped) for skipped in plan.skipped],
         "trials": [{"name": t.name, "condition": t.condition.name, "seed": t.seed} for t in plan.trials],
     }
@@ -214,7 +214,12 @@ def write_tables(plan: Plan) -> list[Path]:
 
 
 def _finish(plan: Plan, console: Console, stopped: str) -> Path:
+    from rlhf_duplex.report.comparison import build_comparison
+    from rlhf_duplex.report.runs import read_ablation
+
     paths = write_tables(plan)
+    if any(_finished(trial) for trial in plan.trials):
+        paths.append(build_comparison(read_ablation(plan.run_dir), plan.run_dir / "report.html"))
     failed = [t for t in plan.trials if not _finished(t) and read_record(plan.run_dir, t.name).status == "failed"]
     if failed:
         names = ", ".join(trial.name for trial in failed)

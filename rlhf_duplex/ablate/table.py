@@ -85,17 +85,23 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> list[
 
 def plan_tables(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of all finished trials, and one of all trials with what became of each."""
-    keys = list(dict.fromkeys(key for condition in plan.conditions for key in condition.overrides))
+    values = condition_values(plan)
     rows, states = [], []
     for trial in plan.trials:
         record = read_record(plan.run_dir, trial.name)
         evaluation = Path(trial.config.run_dir) / "evaluation"
         finished = (evaluation / "after.json").is_file()
-        values = {key: trial.condition.overrides.get(key, _base_value(plan, key)) for key in keys}
+        name = trial.condition.name
         if finished:
-            rows += trial_rows(trial.name, trial.condition.name, trial.seed, values, evaluation)
-        states.append(_state(trial.name, trial.condition.name, trial.seed, record, finished))
+            rows += trial_rows(trial.name, name, trial.seed, values[name], evaluation)
+        states.append(_state(trial.name, name, trial.seed, record, finished))
     return make_table(rows), pd.DataFrame(states)
+
+
+def condition_values(plan: Plan) -> dict[str, dict[str, Any]]:
+    """By condition, the value of every key that any condition changes."""
+    keys = list(dict.fromkeys(key for condition in plan.conditions for key in condition.overrides))
+    return {c.name: {key: c.overrides.get(key, _base_value(plan, key)) for key in keys} for c in plan.conditions}
 
 
 def _state(name: str, condition: str, seed: int, record: Record, finished: bool) -> dict[str, Any]:
