@@ -195,7 +195,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _ablate(options: argparse.Namespace) -> int:
     from rlhf_duplex.ablate.plan import load_plan
-    from rlhf_duplex.ablate.run import ablate, show_plan
+    from rlhf_duplex.ablate.run import ablate, finish, show_plan
     from rlhf_duplex.trainer import make_console
 
     plan = load_plan(options.config, options.overrides)
@@ -203,6 +203,8 @@ def _ablate(options: argparse.Namespace) -> int:
         show_plan(plan, make_console())
     else:
         ablate(plan, make_console(), options.retry_failed)
+        if plan.config.search is not None and plan.config.search.sampler == "optuna":
+            finish(load_plan(options.config, options.overrides), make_console())  # with the points that were found
     return 0
 
 

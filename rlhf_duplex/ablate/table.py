@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from envs.errors import InputError
-from rlhf_duplex.ablate.plan import Plan
+from rlhf_duplex.ablate.plan import Plan, condition_values
 from rlhf_duplex.ablate.trial import Record, read_record
 from rlhf_duplex.evaluation.metrics import change, read_results
 
@@ -98,12 +98,6 @@ def plan_tables(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     return make_table(rows), pd.DataFrame(states)
 
 
-def condition_values(plan: Plan) -> dict[str, dict[str, Any]]:
-    """By condition, the value of every key that any condition changes."""
-    keys = list(dict.fromkeys(key for condition in plan.conditions for key in condition.overrides))
-    return {c.name: {key: c.overrides.get(key, _base_value(plan, key)) for key in keys} for c in plan.conditions}
-
-
 def _state(name: str, condition: str, seed: int, record: Record, finished: bool) -> dict[str, Any]:
     status = "done" if finished else "not run" if record.status in ("open", "done") else record.status
     why = f"{record.kind}: {record.why}" if record.kind and not finished else ""
@@ -116,13 +110,3 @@ def _state(name: str, condition: str, seed: int, record: Record, finished: bool)
         "minutes": round(record.seconds / 60, 2),
         "why": why,
     }
-
-
-def _base_value(plan: Plan, key: str) -> Any:
-    """A key's value in the base."""
-    value: Any = plan.base
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-    if value is None and key.endswith(".weight") and key.split(".")[1] in plan.base.rewards:
-        return 1.0
-    return value

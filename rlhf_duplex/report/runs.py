@@ -13,15 +13,10 @@ from rlhf_duplex.evaluation.effects import Column
 from rlhf_duplex.evaluation.metrics import read_results
 
 # Keys that differ between any two runs without making them different conditions.
-_NOT_CONDITIONS: tuple[str, ...] = (
-    "seed",
-    "run_dir",
-    "resume",
-    "codes_cache",
-    "evaluation.before",
-    "evaluation.episodes",
+_NOT_CONDITIONS = (
+    *("seed", "run_dir", "resume", "codes_cache", "trackers", "checkpointing.", "rollout.", "trainer.microbatch"),
+    *("evaluation.before", "evaluation.episodes"),
 )
-_NOT_CONDITIONS += ("checkpointing.", "trackers", "rollout.", "trainer.microbatch")
 
 
 @dataclass(frozen=True)
