@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from envs.files import write_text
 from rlhf_duplex.ablate.search import SearchConfig, point_name, round_off
-from rlhf_duplex.ablate.trial import Job, Record, is_finished, read_record, run_job, write_record, write_text
+from rlhf_duplex.ablate.trial import Job, Record, is_finished, read_record, run_job, write_record
 from rlhf_duplex.evaluation.metrics import read_results
 from rlhf_duplex.tracking import read_metrics
 

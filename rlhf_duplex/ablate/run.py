@@ -6,7 +6,6 @@ Started again, it goes on: finished trials are never run again, one that was int
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.ablate.plan import Condition, Plan, Trial, as_arguments, condition_values, describe, make_trial
 from rlhf_duplex.ablate.ray_tune import AshaConfig
 from rlhf_duplex.ablate.table import plan_tables, write_table
@@ -30,7 +30,6 @@ from rlhf_duplex.ablate.trial import (
     read_record,
     run_job,
     write_record,
-    write_text,
 )
 from rlhf_duplex.config import Config, to_yaml
 from rlhf_duplex.evaluation.metrics import read_results
@@ -274,9 +273,7 @@ def write_tables(plan: Plan) -> list[Path]:
     """`table.csv`, `table.parquet`, `trials.csv`, and the plan itself for a page that is made later."""
     metrics, states = plan_tables(plan)
     paths = write_table(metrics, plan.run_dir)
-    temporary = plan.run_dir / f".trials.{os.getpid()}"
-    states.to_csv(temporary, index=False)
-    os.replace(temporary, plan.run_dir / "trials.csv")
+    write_text(plan.run_dir / "trials.csv", states.to_csv(index=False))
     described = {
         "base": plan.config.base,
         "baseline": plan.baseline.name,

@@ -10,8 +10,8 @@
       metric: turn_taking.latency
       mode: min
 
-Random points depend on `seed` and their number alone. Optuna's are kept in the ablation's folder, under `points/`, so that
-the ablation goes on from them.
+Random points depend on `seed` and their number alone. Optuna's are kept in the ablation's folder, under `points/`, so
+that the ablation goes on from them.
 """
 
 import hashlib

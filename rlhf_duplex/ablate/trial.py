@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.config import DECIDES_NUMBERS, check_resumed, to_yaml
 
 POLL_SECONDS = 0.5
@@ -102,14 +103,6 @@ def read_record(root: Path, name: str) -> Record:
 def write_record(root: Path, name: str, record: Record) -> None:
     """Write it, whole or not at all."""
     write_text(root / "records" / f"{name}.json", json.dumps(asdict(record), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def check_same(name: str, config: Any) -> None:

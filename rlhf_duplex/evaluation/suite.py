@@ -9,6 +9,7 @@ from typing import Any
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
@@ -112,9 +113,7 @@ def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Sc
         place = folder / _safe_name(episode.segment.id)
         episode.save(place)
         record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
-        temporary = place / f".scores.{os.getpid()}"
-        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, place / "scores.json")
+        write_text(place / "scores.json", json.dumps(record, ensure_ascii=False))
 
 
 def _safe_name(identifier: str) -> str:

@@ -196,7 +196,9 @@ def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, 
     before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
     path = tmp_path / "ablation.yaml"
     path.write_text(
-        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\ngrid: {{rewards.trouble.value: [1.0, 0.0]}}\n"
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nconditions:\n"
+        "- {name: good, overrides: {rewards.trouble.value: 1.0, rewards.trouble.kind: killed once}}\n"
+        "- {name: bad, overrides: {rewards.trouble.value: 0.0}}\n"
         f"overrides: {{evaluation.before: {before}, trainer.updates: 4}}\nworkers: 1\n"
         "asha: {metric: reward/trouble, grace: 1, reduction: 2}\n"
     )

@@ -27,7 +27,8 @@ def test_a_grid_is_crossed_and_seeds_come_one_after_another(tmp_path):
     plan = plan_of(
         tmp_path,
         "seeds: [4, 5]\ngrid: {rewards.backchannel.weight: [1.0, 2], trainer.kl_beta: [0.1, 0.01]}\n"
-        "overrides: {trainer: {updates: 7}}\nconditions: [{name: slow, overrides: {optimiser: {learning_rate: 1e-5}}}]\n",
+        "overrides: {trainer: {updates: 7}}\nconditions:\n"
+        "- {name: slow, overrides: {optimiser: {learning_rate: 1e-5}}}\n",
         "trainer.clip=0.3",
     )
     assert [condition.name for condition in plan.conditions] == [
@@ -49,7 +50,9 @@ def test_a_grid_is_crossed_and_seeds_come_one_after_another(tmp_path):
 
 
 def test_keys_are_the_ablations_or_the_configurations(tmp_path):
-    plan = plan_of(tmp_path, "grid: {trainer.clip: [0.1, 0.2]}\n", "seeds=3", f"run_dir={tmp_path}/other", "budget.trials=2")
+    plan = plan_of(
+        tmp_path, "grid: {trainer.clip: [0.1, 0.2]}\n", "seeds=3", f"run_dir={tmp_path}/other", "budget.trials=2"
+    )
     assert [trial.seed for trial in plan.trials] == [0, 0, 1, 1, 2, 2]
     assert plan.run_dir == tmp_path / "other"
     assert plan.config.budget.trials == 2
@@ -112,7 +115,9 @@ def test_the_simplex_of_weights():
     assert len(set(weights)) == 10
     assert all(sum(row) == 4 for row in weights)
     # 4 parts of 2 axes whose weights sum to 2: (2, 0), (1.5, 0.5), [1, 1 is the base], (0.5, 1.5), (0, 2).
-    rows, _ = preset_conditions({"name": "reward_weights", "resolution": 4, "axes": ["turn_taking", "backchannel"]}, base)
+    rows, _ = preset_conditions(
+        {"name": "reward_weights", "resolution": 4, "axes": ["turn_taking", "backchannel"]}, base
+    )
     assert [tuple(row.overrides.values()) for row in rows[1:]] == [(2, 0), (1.5, 0.5), (0.5, 1.5), (0, 2)]
 
 
@@ -205,8 +210,12 @@ def test_optuna_that_is_not_installed(tmp_path, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "optuna" else find(name, *rest))
-    search = "search: {space: {trainer.clip: {uniform: [0, 1]}}, sampler: optuna, metric: turn_taking.latency}\nworkers: 1\n"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "optuna" else find(name, *rest)
+    )
+    search = (
+        "search: {space: {trainer.clip: {uniform: [0, 1]}}, sampler: optuna, metric: turn_taking.latency}\nworkers: 1\n"
+    )
     with pytest.raises(InputError, match="optuna is not installed: pip install optuna"):
         plan_of(tmp_path, search)
 
