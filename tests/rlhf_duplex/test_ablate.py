@@ -211,3 +211,29 @@ def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, 
     assert set(pd.read_csv(plan.run_dir / "table.csv")["trial"]) == {plan.trials[0].name}
     assert not worker_of(tmp_path)
     assert "stopped early" in (plan.run_dir / "report.html").read_text()
+
+
+@pytest.mark.timeout(900)
+def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, ended):
+    pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
+    base = write_base(tmp_path, one_of_each)
+    before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
+    path = tmp_path / "ablation.yaml"
+    path.write_text(
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\noverrides: {{evaluation.before: {before}}}\nworkers: 1\n"
+        "search: {space: {rewards.trouble.value: {uniform: [0, 1]}}, sampler: optuna, metric: trouble.reward}\n"
+    )
+    assert main(["ablate", str(path), "search.points=1"]) == 0
+    first = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert main(["ablate", str(path), "search.points=2"]) == 0
+    table = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert first["condition"].nunique() == 2  # the base and a point
+    assert table["condition"].nunique() == 3
+    pd.testing.assert_frame_equal(table[table["condition"].isin(first["condition"])].reset_index(drop=True), first)
+    measured = table[(table["axis"] == "trouble") & (table["metric"] == "reward")]
+    assert measured["after"].tolist() == pytest.approx(measured["rewards.trouble.value"].tolist())
+    assert all(record["attempts"] == 1 for record in map(json.loads, _texts(tmp_path / "run" / "records")))
+
+
+def _texts(folder):
+    return [path.read_text() for path in folder.glob("*.json")]
