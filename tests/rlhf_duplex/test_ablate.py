@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 from envs.errors import InputError
 from envs.segments import write_manifest
 from rlhf_duplex.ablate.plan import load_plan
-from rlhf_duplex.ablate.run import ablate
+from rlhf_duplex.ablate.run import _lock, ablate, show_plan
 from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
+from rlhf_duplex.trainer import make_console
 
 ROOT = Path(__file__).parents[2]
 AXIS = '''
@@ -123,12 +125,46 @@ def test_what_has_ended_is_not_run_again(ended, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
 
 
+def copy_of(ended, folder, *arguments):
+    """The ablation that has ended, with other options, in a folder that may be changed."""
+    shutil.copytree(ended.run_dir, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    return load_plan(ended.run_dir.parent / "ablation.yaml", [f"run_dir={folder}/run", *arguments])
+
+
+def test_a_spent_budget_starts_nothing(ended, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    ablate(copy_of(ended, tmp_path, "seeds=[3, 4]", "budget.trials=5"))
+    shown = capsys.readouterr().out
+    assert "the budget of 5 trials is spent: the same command goes on" in shown
+    states = pd.read_csv(tmp_path / "run" / "trials.csv")
+    assert states["status"].tolist() == ["failed", "done", *["failed"] * 3, *["not run"] * 5]
+
+
+def test_retries_left_and_retry_failed_make_trials_open_again(ended, tmp_path, capsys):
+    capsys.readouterr()
+    show_plan(copy_of(ended, tmp_path, "retries=3"), make_console())
+    assert capsys.readouterr().out.count(": failed: ") == 4
+    plan = load_plan(ended.run_dir.parent / "ablation.yaml", [f"run_dir={tmp_path}/run", "budget.trials=1"])
+    ablate(plan, retry_failed=True)  # the one that is done is the whole budget
+    assert [read_record(plan.run_dir, t.name).status for t in plan.trials] == ["open", "done", "open", "open", "open"]
+    assert "<td>interrupted</td>" in (plan.run_dir / "report.html").read_text()
+
+
 def test_the_policy_before_training_is_taken_not_played_again(ended):
     source = ended.run_dir.parent / "begin" / "evaluation"
     mine = ended.run_dir / "trials" / "trouble.kind_none_seed3" / "evaluation"
     assert (mine / "before.json").read_bytes() == (source / "before.json").read_bytes()
     kept = sorted(p.relative_to(source) for p in source.rglob("*.json"))
     assert kept == sorted(p.relative_to(mine) for p in mine.rglob("*.json") if "after" not in str(p.relative_to(mine)))
+
+
+def test_one_command_at_a_time(ended, tmp_path):
+    plan = copy_of(ended, tmp_path)
+    with _lock(plan.run_dir), pytest.raises(InputError, match="another ablate is running in"):
+        ablate(plan)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"), _lock(tmp_path / "file" / "run"):
+        pass
 
 
 def test_another_configuration_in_the_same_folder_is_refused(ended, tmp_path):
