@@ -20,6 +20,7 @@ from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
 from rlhf_duplex.trainer import make_console
 
+pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
 ROOT = Path(__file__).parents[2]
 AXIS = '''
 import os, signal
@@ -65,14 +66,21 @@ def write_base(folder: Path, one_of_each) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, one_of_each):
+def begin(tmp_path_factory, one_of_each):
+    """The result of nano as it is, for trials that are not to measure it again."""
+    folder = tmp_path_factory.mktemp("begin")
+    assert main(["evaluate", str(write_base(folder, one_of_each)), f"run_dir={folder}/run"]) == 0
+    return folder / "run" / "evaluation" / "before.json"
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, one_of_each, begin):
     """An ablation of which every condition but the first fails in a way of its own."""
     folder = tmp_path_factory.mktemp("failures")
     base = write_base(folder, one_of_each)
-    assert main(["evaluate", str(base), f"run_dir={folder}/begin"]) == 0
     (folder / "ablation.yaml").write_text(
         f"base: {base}\nrun_dir: {folder}/run\nseeds: [3]\nmemory_gb: 16\nretries: 0\n"
-        f"overrides: {{evaluation.before: {folder}/begin/evaluation/before.json}}\n"
+        f"overrides: {{evaluation.before: {begin}}}\n"
         "grid: {rewards.trouble.kind: [none, raises, memory, killed]}\n"
         "conditions: [{name: diverges, overrides: {optimiser.learning_rate: 1.0e+30, optimiser.warmup_updates: 0}}]\n"
     )
@@ -150,8 +158,8 @@ def test_retries_left_and_retry_failed_make_trials_open_again(ended, tmp_path, c
     assert "<td>interrupted</td>" in (plan.run_dir / "report.html").read_text()
 
 
-def test_the_policy_before_training_is_taken_not_played_again(ended):
-    source = ended.run_dir.parent / "begin" / "evaluation"
+def test_the_policy_before_training_is_taken_not_played_again(ended, begin):
+    source = begin.parent
     mine = ended.run_dir / "trials" / "trouble.kind_none_seed3" / "evaluation"
     assert (mine / "before.json").read_bytes() == (source / "before.json").read_bytes()
     kept = sorted(p.relative_to(source) for p in source.rglob("*.json"))
@@ -188,7 +196,6 @@ def worker_of(root: Path) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(900)
 def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
@@ -226,16 +233,14 @@ def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-@pytest.mark.timeout(900)
-def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, ended):
+def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, begin):
     base = write_base(tmp_path, one_of_each)
-    before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
     path = tmp_path / "ablation.yaml"
     path.write_text(
         f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nconditions:\n"
         "- {name: good, overrides: {rewards.trouble.value: 1.0, rewards.trouble.kind: killed once}}\n"
         "- {name: bad, overrides: {rewards.trouble.value: 0.0}}\n"
-        f"overrides: {{evaluation.before: {before}, trainer.updates: 4}}\nworkers: 1\n"
+        f"overrides: {{evaluation.before: {begin}, trainer.updates: 4}}\nworkers: 1\n"
         "asha: {metric: reward/trouble, grace: 1, reduction: 2}\n"
     )
     plan = load_plan(path)
@@ -249,14 +254,12 @@ def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, 
     assert "stopped early" in (plan.run_dir / "report.html").read_text()
 
 
-@pytest.mark.timeout(900)
-def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, ended):
+def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin):
     pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
     base = write_base(tmp_path, one_of_each)
-    before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
     path = tmp_path / "ablation.yaml"
     path.write_text(
-        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\noverrides: {{evaluation.before: {before}}}\nworkers: 1\n"
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\noverrides: {{evaluation.before: {begin}}}\nworkers: 1\n"
         "search: {space: {rewards.trouble.value: {uniform: [0, 1]}}, sampler: optuna, metric: trouble.reward}\n"
     )
     assert main(["ablate", str(path), "search.points=1"]) == 0
