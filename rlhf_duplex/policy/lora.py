@@ -194,8 +194,8 @@ def export_moshi_lora(
     have none here are therefore written with B = 0.
 
     Args:
-        weights: a state dict with adapters of either flavour.
-        lm: the model it is of.
+        weights: a state dict with adapters of either flavour, or the adapters alone.
+        lm: the model it is of, with adapters or without, on any device.
         config: the base bundle's config.json.
         rank, scaling: of the adapters.
         folder: appears whole, or not at all.
@@ -206,7 +206,7 @@ def export_moshi_lora(
         if not isinstance(module, nn.Linear) or ".lora_" in f".{name}":
             continue
         base = name.rpartition(".")[0] if inner in ("frozen_W", "base_layer") else name
-        if base != name:
+        if any(f"{base}.lora_A{suffix}.weight" in weights for suffix in ("", ".default")):
             down, up = adapter_of(weights, f"{base}.")
         else:
             down = torch.zeros(rank, module.in_features, dtype=module.weight.dtype)
