@@ -1,13 +1,13 @@
 """Playing the held-out segments: episodes and their scores, the same user and the same seeds for every policy."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from envs.episode import Episode
+from envs.files import write_text
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
@@ -84,9 +84,7 @@ def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Sc
         place = folder / _safe_name(episode.segment.id)
         episode.save(place)
         record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
-        temporary = place / f".scores.{os.getpid()}"
-        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, place / "scores.json")
+        write_text(place / "scores.json", json.dumps(record, ensure_ascii=False))
 
 
 def _safe_name(identifier: str) -> str:
