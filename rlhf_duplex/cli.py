@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write what a run learned for Moshi's own server",
-        description="Write what a run learned as a folder that `python -m moshi.server` loads, or as a LoRA file for it.",
+        description="Write what a run learned as a folder that `moshi.server` loads, or as a LoRA file for it.",
         epilog=EXPORT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

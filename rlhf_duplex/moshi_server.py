@@ -11,7 +11,7 @@ import torch
 
 def main() -> None:
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+        torch.cuda.synchronize = lambda device=None: None
     runpy.run_module("moshi.server", run_name="__main__", alter_sys=True)
 
 

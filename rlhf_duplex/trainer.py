@@ -39,6 +39,7 @@ from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -66,6 +67,7 @@ def load_inputs(config: Config) -> Inputs:
         InputError: the first thing that is wrong.
     """
     check_machine(config)
+    check_prompt(config.prompt)
     specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
     reward_function = RewardFunction(specs)
     detector = make_detector(config.detector.name, **config.detector.options)
@@ -189,7 +191,7 @@ class Trainer:
         if config.lora.rank:
             add_lora(self.bundle.lm, seed=config.seed, **vars(config.lora))
         sampling = Sampling(**vars(config.sampling))
-        self.policy = MoshiPolicy(self.bundle.lm, sampling)
+        self.policy = MoshiPolicy(self.bundle.lm, sampling, make_prompt(self.bundle, config.prompt))
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
         store = open_cache(config.codes_cache, self.codec)

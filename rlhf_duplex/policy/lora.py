@@ -139,6 +139,20 @@ def lora_off(lm: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def without_lora(lm: LMModel) -> LMModel:
+    """The model with its adapters taken off, in place: the one that they were put on."""
+    for name, module in list(lm.named_modules()):
+        base = module.frozen_W if isinstance(module, LoRALinear) else getattr(module, "base_layer", None)
+        if base is not None:
+            setattr(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], base)
+    return lm
+
+
+def is_fresh(lm: nn.Module) -> bool:
+    """Whether the adapters change nothing yet."""
+    return not any(bool(value.any()) for name, value in lm.named_parameters() if ".lora_B" in name)
+
+
 def _peft_layers(lm: nn.Module) -> list[Any]:
     names = [name for name, _ in lm.named_parameters() if ".base_layer." in name]
     return [lm.get_submodule(name.split(".base_layer.")[0]) for name in names]
