@@ -116,7 +116,7 @@ class DetectorConfig:
 
 @dataclass
 class RolloutConfig:
-    """`batch_size`: dialogues played at once."""
+    """`batch_size`: dialogues played at once; 0: as many as memory is free for (on a GPU)."""
 
     batch_size: int = 256
 
@@ -334,7 +334,6 @@ def check_config(config: Config) -> None:
         "trainer.importance_cap": trainer.importance_cap,
         "trainer.passes": trainer.passes,
         "trainer.onset_frames": trainer.onset_frames,
-        "rollout.batch_size": config.rollout.batch_size,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,

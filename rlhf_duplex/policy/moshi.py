@@ -7,6 +7,7 @@ depth transformer's codes come out, and what is complete by then (frame n - max_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
@@ -15,7 +16,7 @@ from moshi.models.lm_utils import _delay_sequence
 from envs.errors import InputError
 from rlhf_duplex.policy.codec import agent_codebooks
 from rlhf_duplex.policy.frame import FrameStep
-from rlhf_duplex.policy.graphs import Graphed
+from rlhf_duplex.policy.graphs import Graphed, shared_pool
 from rlhf_duplex.policy.sampling import Sampling, draw, log_distribution, uniforms
 from rlhf_duplex.policy.transformer import PlainTransformer, plain_norm
 
@@ -36,6 +37,7 @@ class _Stream:
     user: torch.Tensor  # (B, user_codebooks) of the frame that is computed
     clock: torch.Tensor  # (1,) number of that frame, on the device
     graphs: dict[tuple[int, int], Graphed[torch.Tensor]]  # of a frame, by rows and positions that are read
+    pool: Any  # memory of the graphs
     frames: int  # that were begun for
     frame: int = 0
 
@@ -62,7 +64,8 @@ class MoshiPolicy:
         prompt: `(K, P)` columns that precede every dialogue and count as none of its frames
             (`rlhf_duplex.policy.prompt`); None for none.
         fixed: compute frames in shapes that do not change, with nothing read back to the host, as CUDA graphs of them
-            need; None: where the model is on a GPU.
+            need; None: where the model is on a GPU. Dialogues that have ended are then computed on until half of the
+            rows have; what they do is to be dropped.
 
     Raises:
         InputError: a model whose text stream is delayed (no Moshi has one; frames would not line up).
@@ -144,6 +147,7 @@ class MoshiPolicy:
             torch.zeros(batch, len(self._user), dtype=torch.long, device=device),
             torch.zeros(1, dtype=torch.long, device=device),
             {},
+            shared_pool(device),
             frames,
         )
 
@@ -204,7 +208,7 @@ class MoshiPolicy:
         stream.user.copy_(user_codes)
         count = stream.going[frame]
         if not self.fixed or frame < max(1, self.max_delay):
-            self._compute(stream, frame, count)
+            self._compute(stream, frame, len(stream.user) if self.fixed else count)
             heard = self._before + frame + 1 - self.max_delay
             if frame < self.max_delay:
                 return stream.nothing.expand(len(stream.user), -1)
@@ -221,7 +225,7 @@ class MoshiPolicy:
                 self._compute(stream, stream.clock, rows, seen)
                 return self._heard(stream, self._before + stream.clock + 1 - self.max_delay)
 
-            stream.graphs[rows, seen] = Graphed(whole_frame, self.device)
+            stream.graphs[rows, seen] = Graphed(whole_frame, self.device, stream.pool)
         stream.clock.fill_(frame)
         return stream.graphs[rows, seen]().clone()
 
