@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 
 
 @dataclass
@@ -24,11 +25,8 @@ class TrainerConfig:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
             ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
-        objective: what was done at a frame: `tokens`, the text token that was drawn; `speaking`, whether it was the
-            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not; or
-            `onsets`, the token where the agent has been silent for `onset_frames` and may begin, `speaking` elsewhere:
-            also with which word to begin is learned (an "mm-hm" or a sentence), how a sentence goes on is not.
-        onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
+        objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
+            `rlhf_duplex.algorithms.objectives.Objective`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
@@ -140,6 +138,8 @@ class EvaluationConfig:
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
+        before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
+            episodes beside it) instead of playing them again; None plays them.
     """
 
     segments: str | None = None
@@ -147,6 +147,7 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
+    before: str | None = None
 
 
 @dataclass
@@ -219,6 +220,7 @@ class Config:
         seed: of everything random.
         checkpoint: `nano`, a bundle's folder, or a hub id.
         segments: manifest to train on, or `nano` for the segments that ship with it.
+        train_axes: train on the segments of these axes only; empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         rewards: by axis, `weight`, `target` and the axis' own options.
@@ -231,6 +233,7 @@ class Config:
     seed: int = 0
     checkpoint: str = "nano"
     segments: str = "nano"
+    train_axes: list[str] = field(default_factory=list)
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -368,7 +371,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
         "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
-        "trainer.objective": (trainer.objective, ("tokens", "speaking", "onsets")),
+        "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "trainer.importance": (trainer.importance, ("none", "truncated")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
@@ -387,10 +390,11 @@ def check_config(config: Config) -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
-_DECIDES_NUMBERS = (
+DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
+    "train_axes",
     "trainer",
     "optimiser",
     "sampling",
@@ -414,7 +418,7 @@ def _deciding(value: Any) -> Any:
 
 
 def check_resumed(
-    config: Any, saved: Path, parts: Sequence[str] = _DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
+    config: Any, saved: Path, parts: Sequence[str] = DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
 ) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 

@@ -14,12 +14,13 @@ import torch
 
 from envs.cores import map_on_cores
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import grpo_loss, masked_mean, onset_mask, truncated_weights
+from rlhf_duplex.algorithms.losses import grpo_loss, masked_mean, truncated_weights
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.lora import has_lora, is_fresh, part_of, without_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
-from rlhf_duplex.policy.scoring import TextScores, score_text
+from rlhf_duplex.policy.scoring import score_text
 
 
 class NonFiniteError(RuntimeError):
@@ -94,6 +95,12 @@ class Learner:
 
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
         self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
+        self.objective = Objective(
+            trainer.objective,
+            policy.lm.text_padding_token_id,
+            policy.lm.end_of_text_padding_id,
+            trainer.onset_frames,
+        )
         self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
@@ -176,8 +183,8 @@ class Learner:
         @torch.no_grad()
         def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             rows = batch.rows(index)
-            scores = score_text(self.policy, rows.codes, rows.mask)
-            return index, scores.tokens, self._log_probs(scores, rows.codes)
+            scores = score_text(self.policy, rows.codes, rows.mask, objective=self.objective)
+            return index, scores.tokens, scores.done
 
         tokens, done = torch.zeros_like(batch.log_probs), torch.zeros_like(batch.log_probs)
         order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
@@ -194,20 +201,6 @@ class Learner:
             "mismatch/kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask).mean()),
         }
         return replace(batch, log_probs=done, weights=weights), mismatch
-
-    def _log_probs(self, scores: TextScores, codes: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` of what was done, as the objective sees it."""
-        if self.trainer.objective == "tokens":
-            return scores.tokens
-        if self.trainer.objective == "speaking":
-            return scores.speaking
-        return torch.where(self._onsets(codes), scores.tokens, scores.speaking)
-
-    def _onsets(self, codes: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` bool: the agent was silent for a while and may begin."""
-        text, lm = codes[:, 0], self.policy.lm
-        spoken = (text >= 0) & (text != lm.text_padding_token_id) & (text != lm.end_of_text_padding_id)
-        return onset_mask(spoken, self.trainer.onset_frames)
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -257,11 +250,12 @@ class Learner:
         return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        scores, trainer = score_text(self.policy, batch.codes, batch.mask, self.reference), self.trainer
+        scores = score_text(self.policy, batch.codes, batch.mask, self.reference, self.objective)
+        trainer = self.trainer
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
-        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self._onsets(batch.codes)).float()
+        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
-            self._log_probs(scores, batch.codes),
+            scores.done,
             batch.log_probs,
             batch.advantages,
             weight * scores.kl,

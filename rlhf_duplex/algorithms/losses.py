@@ -32,26 +32,6 @@ def entropy(log_policy: torch.Tensor) -> torch.Tensor:
     return -torch.where(probability > 0, probability * log_policy, torch.zeros_like(log_policy)).sum(dim=-1)
 
 
-def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
-    """The policy projected on {silent, speak}: `(..., V)` log-probabilities to `(..., 2)`.
-
-    ASPIRin (arXiv 2604.10065): the mass of the padding token against that of all others, probabilities summed (not
-    logits). Every token but `silent` speaks, the one that announces a word too.
-    """
-    others = torch.cat([log_policy[..., :silent], log_policy[..., silent + 1 :]], dim=-1)
-    return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
-
-
-def onset_mask(spoken: torch.Tensor, frames: int) -> torch.Tensor:
-    """Where an agent that is silent may begin: `(B, T)` bool, True where none of the `frames` frames before has a word.
-
-    Args:
-        spoken: `(B, T)` bool, a word's token was drawn at this frame.
-    """
-    before = torch.nn.functional.pad(spoken.float(), (frames, 0))[:, None, :-1]
-    return torch.nn.functional.max_pool1d(before, frames, stride=1)[:, 0] == 0
-
-
 def truncated_weights(
     log_probs: torch.Tensor, behaviour_log_probs: torch.Tensor, mask: torch.Tensor, cap: float
 ) -> torch.Tensor:

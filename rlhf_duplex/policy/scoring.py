@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import log_distribution
 
@@ -26,13 +27,13 @@ class TextScores:
 
     Attributes:
         tokens: log-probability of the token that was drawn.
-        speaking: of what the token was: padding, or any other (`speaking_log_probs`).
+        done: of what was done at the frame, as the objective sees it.
         kl: KL[policy || reference]; 0 without a reference.
         entropy: in nats, without gradient.
     """
 
     tokens: torch.Tensor
-    speaking: torch.Tensor
+    done: torch.Tensor
     kl: torch.Tensor
     entropy: torch.Tensor
 
@@ -42,6 +43,7 @@ def score_text(
     codes: torch.Tensor,
     mask: torch.Tensor,
     reference: MoshiPolicy | None = None,
+    objective: Objective | None = None,
     at_once: int = LOGITS_AT_ONCE,
 ) -> TextScores:
     """Score whole episodes, teacher-forced, under the transform that the policy samples with.
@@ -51,23 +53,27 @@ def score_text(
         codes: `(B, K, T)`, padded at the end with -1.
         mask: `(B, T)` bool, the frames that are wanted.
         reference: without gradient.
+        objective: of `done`; None: the token.
         at_once: logits held at a time, at most.
     """
     text = codes[:, 0].clamp(min=0)[mask]
+    goal = objective or Objective()
+    onsets = goal.onsets(codes[:, 0])[mask]
     hidden = policy.text_hidden(codes)[mask]
     others = None
     if reference is not None:
         with torch.no_grad():
             others = reference.text_hidden(codes)[mask]
 
-    def part(hidden: torch.Tensor, text: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
+    def part(
+        hidden: torch.Tensor, text: torch.Tensor, onsets: torch.Tensor, others: torch.Tensor | None
+    ) -> torch.Tensor:
         """`(4, n)` in the order of `TextScores`."""
         sampling = policy.sampling
         logits = policy.lm.text_linear(hidden)
         policys = log_distribution(logits, sampling.text_temperature, sampling.text_top_k, keep=text)
         tokens = policys.gather(-1, text[:, None])[:, 0]
-        silent = policy.lm.text_padding_token_id
-        speaking = speaking_log_probs(policys, silent).gather(-1, (text != silent).long()[:, None])[:, 0]
+        done = tokens if goal.name == "tokens" else goal.log_probs(policys, text, onsets)
         kl = torch.zeros_like(tokens)
         if reference is not None and others is not None:
             with torch.no_grad():
@@ -78,14 +84,14 @@ def score_text(
             kl = exact_kl(policys, theirs)
         with torch.no_grad():
             uncertain = entropy(policys)
-        return torch.stack([tokens, speaking, kl, uncertain])
+        return torch.stack([tokens, done, kl, uncertain])
 
     size = max(1, at_once // policy.lm.text_linear.out_features)
     starts = range(0, len(text), size)
     anew = len(starts) > 1 and torch.is_grad_enabled()
     found = []
     for rows in (slice(start, start + size) for start in starts):
-        arguments = (hidden[rows], text[rows], None if others is None else others[rows])
+        arguments = (hidden[rows], text[rows], onsets[rows], None if others is None else others[rows])
         if anew:
             found.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

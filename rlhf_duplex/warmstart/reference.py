@@ -13,7 +13,7 @@ from rlhf_duplex.data.pair import Pair
 from rlhf_duplex.policy.lora import merge_weights
 from rlhf_duplex.warmstart.config import WarmstartConfig
 from rlhf_duplex.warmstart.data import PairCollator
-from rlhf_duplex.warmstart.model import PairModel, stream_ids
+from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 
 def reference_key(
@@ -31,7 +31,9 @@ def reference_key(
         prompt: columns before every dialogue.
     """
     digest = hashlib.sha256()
-    digest.update(repr((config.loss.streams, config.loss.span, config.dtype, config.training.autocast)).encode())
+    loss = config.loss
+    decides = (loss.streams, loss.objective, loss.onset_frames, loss.span, config.dtype, config.training.autocast)
+    digest.update(repr(decides).encode())
     if prompt is not None:
         digest.update(_bytes(prompt))
     for name, value in sorted(merge_weights(weights, 0.0).items()):
@@ -83,7 +85,7 @@ def score_pairs(
         on_pairs: called with the number of pairs after each batch.
         prompt: columns before every dialogue.
     """
-    model = PairModel(lm, config.loss.streams, prompt)
+    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss), prompt)
     was_training = lm.training
     model.eval()
     collate = PairCollator(stream_ids(lm, config.loss.streams), config.loss.span)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, speaking_log_probs, truncated_weights
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, truncated_weights
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import load_bundle
@@ -49,20 +50,21 @@ def test_scores_and_gradients_do_not_depend_on_how_many_logits_are_held(nano, at
     tokens, distribution = policy.evaluate_actions(codes)
     with torch.no_grad():
         _, others = reference.evaluate_actions(codes)
-    kl, silent = exact_kl(distribution, others), nano.lm.text_padding_token_id
-    speaking = speaking_log_probs(distribution, silent).gather(-1, (codes[:, 0] != silent).long()[..., None])[..., 0]
+    kl, goal = exact_kl(distribution, others), Objective("onsets", onset_frames=2)
+    done = goal.log_probs(distribution, codes[:, 0])
     weight = policy.lm.transformer.layers[0].self_attn.in_projs[0].weight
     (expected,) = torch.autograd.grad((tokens - kl)[mask].sum(), weight)
-    scores = score_text(policy, codes, mask, reference, at_once)
+    scores = score_text(policy, codes, mask, reference, goal, at_once)
     for ours, theirs in (
         (scores.tokens, tokens),
-        (scores.speaking, speaking),
+        (scores.done, done),
         (scores.kl, kl),
         (scores.entropy, entropy(distribution)),
     ):
         torch.testing.assert_close(ours[mask], theirs[mask])
         assert (ours[~mask] == 0).all()
     assert kl[mask].min() > 1e-4
+    assert not torch.allclose(done[mask], tokens[mask])
     (found,) = torch.autograd.grad((scores.tokens - scores.kl).sum(), weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
