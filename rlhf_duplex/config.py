@@ -114,9 +114,16 @@ class DetectorConfig:
 
 @dataclass
 class RolloutConfig:
-    """`batch_size`: dialogues played at once; 0: as many as memory is free for (on a GPU)."""
+    """How episodes are played.
+
+    Attributes:
+        batch_size: dialogues at once; 0: as many as memory is free for (on a GPU).
+        merged: with adapters, act with a merged copy of the layers that have one: faster frames for their memory. It
+            rounds otherwise than the adapters do, which `mismatch/*` shows and `trainer.importance` corrects.
+    """
 
     batch_size: int = 256
+    merged: bool = False
 
 
 @dataclass

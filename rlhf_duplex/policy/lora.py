@@ -9,6 +9,7 @@ Either way the layers are called as modules (a subclass of `nn.Linear` inside `g
 its weight there). The scale of an adapter is `scaling`, alpha / rank in PEFT's words.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -146,6 +147,33 @@ def without_lora(lm: LMModel) -> LMModel:
         if base is not None:
             setattr(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], base)
     return lm
+
+
+def merged_copy(lm: LMModel) -> LMModel:
+    """A plain model that acts as this one does now: a frame of it costs no adapters.
+
+    Weights that no adapter is on are shared with it; the others are its own, and `merge_into` brings them up to date.
+    """
+    adapted = {id(value) for name, value in lm.named_parameters() if any(word in name for word in _BASE_NAMES)}
+    shared = {id(value): value for value in lm.parameters() if id(value) not in adapted}
+    plain = without_lora(copy.deepcopy(lm, shared)).eval()
+    merge_into(plain, lm)
+    return plain
+
+
+@torch.no_grad()
+def merge_into(plain: LMModel, lm: LMModel) -> None:
+    """Write W + scaling B A of the adapted layers into a model that `merged_copy` made of this one."""
+    targets = dict(plain.named_parameters())
+    for name, module in lm.named_modules():
+        base = module.frozen_W if isinstance(module, LoRALinear) else getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        down, up = adapter_of(dict(module.named_parameters()), "")
+        scaling = module.scaling if isinstance(module, LoRALinear) else module.scaling["default"]
+        target = targets[f"{name}.weight"]
+        target.requires_grad_(False)
+        target.copy_(base.weight.float() + scaling * (up.float() @ down.float()))
 
 
 def is_fresh(lm: nn.Module) -> bool:
