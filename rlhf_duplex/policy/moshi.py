@@ -106,7 +106,8 @@ class MoshiPolicy:
             frames: how many each dialogue will have, or one number for all. A dialogue that has ended, and all after
                 it have too, costs nothing more: put long ones first.
         """
-        self._stream = None
+        if self._stream is not None:
+            self.end()
         lm, batch = self.lm, len(seeds)
         if lm.training:
             lm.eval()
@@ -115,8 +116,10 @@ class MoshiPolicy:
         # Dialogues that go on at each frame: up to the last one that does.
         going = [1 + max(row for row in range(batch) if lengths[row] > frame) for frame in range(longest)]
         stream, self._kept = self._kept, None
-        if stream is None or stream.noise.shape[0] < longest or stream.noise.shape[2] != batch:
+        if stream is not None and (stream.noise.shape[0] < longest or stream.noise.shape[2] != batch):
+            stream.graphs.clear()
             stream = None  # freed before as much is taken again
+        if stream is None:
             stream = self._room(batch, longest)
         stream.going, stream.frames, stream.frame = going, longest, 0
         initial = lm._get_initial_token()[0, :, 0]
@@ -180,8 +183,10 @@ class MoshiPolicy:
 
         A model whose weights were changed meanwhile needs new ones: call `end()` before.
         """
-        self._kept = self._stream if keep and self._stream is not None else None
-        self._stream = None
+        for stream in (self._kept, self._stream):
+            if stream is not None and not (keep and stream is self._stream):
+                stream.graphs.clear()  # they refer to the stream, which would outlast them
+        self._kept, self._stream = (self._stream if keep else None), None
 
     @torch.no_grad()
     def act(self, user_codes: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Parity of the policy: acting, evaluating, and moshi's own classes must agree."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -340,5 +342,15 @@ def test_kept_caches_begin_anew(nano):
     policy.end(keep=True)
     policy.begin([4, 5, 6], 20)
     assert policy._stream.step is kept.step
-    policy.end()
+    policy.act(codes[:, :, 0])
+    policy.act(codes[:, :, 1])
+    assert policy._stream.graphs
+    gone = weakref.ref(policy._stream)
+    del room, kept
+    gc.disable()  # caches of many GB must not wait for a collector
+    try:
+        policy.end()
+        assert gone() is None
+    finally:
+        gc.enable()
     assert policy._kept is None
