@@ -1,7 +1,8 @@
 """`DuplexDialogueVectorEnv`: B dialogues stepped at once, tensors staying on the codec's device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,8 +41,9 @@ class DuplexDialogueVectorEnv(VectorEnv):
     A dialogue is terminated at the end of its segment and truncated at `max_frames`; afterwards it is stepped along
     with the others and what it does there is dropped. Rewards are given for the whole batch in the step in which the
     last dialogue ends: `infos["episodes"]`, and with a reward function `infos["rewards"]` (a dictionary of axis values
-    each) and the rewards `(B,)`; before that all rewards are 0. On a CPU, the audio of dialogues that have ended is
-    decoded and its speech detected on another core while the others go on.
+    each) and the rewards `(B,)`; before that all rewards are 0. The audio of dialogues that have ended is decoded and
+    its speech detected in another thread: on a CPU while the others go on, and where `reset` was told `later` also
+    after the last frame; on a GPU in a stream of its own.
     There is no automatic reset: call `reset`.
 
     Args:
@@ -97,7 +99,8 @@ class DuplexDialogueVectorEnv(VectorEnv):
             seed: of the choice of segments and context.
             options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `context`: seconds
                 of context, one number or B (drawn from the schedule where not given); `progress`: of the training,
-                0 to 1, for the schedule.
+                0 to 1, for the schedule; `later`: do not wait for the episodes in the last step, which gives
+                `infos["later"]` instead, a function that does (there are no rewards then).
 
         Returns:
             The first observation, and `infos` with the segment ids and the frames of each dialogue.
@@ -141,6 +144,7 @@ class DuplexDialogueVectorEnv(VectorEnv):
             device=self.codec.device,
         )
         self._frame = 0
+        self._later = bool(options.get("later", False))
         self._ended: list[int] = []  # rows that wait to be finished
         self._finished: list[tuple[list[int], Future[list[Episode]]]] = []
         self._finisher = ThreadPoolExecutor(1)
@@ -174,15 +178,16 @@ class DuplexDialogueVectorEnv(VectorEnv):
         frames = self._frames[rows].tolist()
         actions = self._actions[: max(frames), rows].transpose(0, 1)
         users = [self._users[row] for row in rows]
-        future = self._finisher.submit(finish_dialogues, users, actions, frames, self.codec, self.detector)
-        self._finished.append((rows, future))
+        finish = partial(finish_dialogues, users, actions, frames, self.codec, self.detector)
+        if actions.device.type == "cuda":
+            finish = partial(_beside, finish, actions, torch.cuda.current_stream(actions.device).record_event())
+        self._finished.append((rows, self._finisher.submit(finish)))
 
     def _finish(self) -> tuple[np.ndarray, dict[str, Any]]:
-        finished: dict[int, Episode] = {}
-        for rows, future in self._finished:
-            finished.update(zip(rows, future.result(), strict=True))
-        self._finisher.shutdown()
-        episodes = [finished[row] for row in range(self.num_envs)]
+        collect = partial(_collect, self._finished, self._finisher)
+        if self._later:
+            return np.zeros(self.num_envs), {"later": collect}
+        episodes = collect()
         rewards: np.ndarray = np.zeros(self.num_envs)
         infos: dict[str, Any] = {"episodes": episodes}
         if self.reward_function is not None:
@@ -192,3 +197,21 @@ class DuplexDialogueVectorEnv(VectorEnv):
                 {axis: score.value for axis, score in row.items() if score is not None} for row in scores
             ]
         return rewards, infos
+
+
+def _collect(finished: list[tuple[list[int], Future[list[Episode]]]], finisher: ThreadPoolExecutor) -> list[Episode]:
+    """All episodes of a batch in the order of its rows, once the other thread is done with them."""
+    found: dict[int, Episode] = {}
+    for rows, future in finished:
+        found.update(zip(rows, future.result(), strict=True))
+    finisher.shutdown()
+    return [found[row] for row in sorted(found)]
+
+
+def _beside(finish: Callable[[], list[Episode]], actions: torch.Tensor, made: torch.cuda.Event) -> list[Episode]:
+    """Call a function on a CUDA stream of its own, once its actions are there."""
+    stream = torch.cuda.Stream(actions.device)
+    with torch.cuda.stream(stream):
+        made.wait(stream)
+        actions.record_stream(stream)
+        return finish()

@@ -38,6 +38,10 @@ REPORT_HELP = """examples:
   rlhf-duplex report runs/one runs/two runs/three --out page.html  runs held against the first
   rlhf-duplex report runs/ablations/leave_one_axis_out             the page of an ablation"""
 
+EXPORT_HELP = """examples:
+  rlhf-duplex export runs/quickstart --to served                    a bundle, adapters merged
+  rlhf-duplex export runs/quickstart/checkpoints/step_000045 --to served --dtype bfloat16
+  rlhf-duplex export runs/adapted --to adapters --lora              for moshi.server --lora-weight"""
 REWARDS_HELP = """examples:
   rlhf-duplex rewards                                  all axes, with their options
   rlhf-duplex rewards overlap                          one of them, with its documentation
@@ -87,6 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     curate_options.add_arguments(curate)
+    export = commands.add_parser(
+        "export",
+        help="write what a run learned for Moshi's own server",
+        description="Write what a run learned as a folder that `moshi.server` loads, or as a LoRA file for it.",
+        epilog=EXPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint), a checkpoint, or a bundle")
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    export.add_argument("--lora", action="store_true", help="the adapters alone, of a run with lora.rank")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights on disk")
     ablate = commands.add_parser(
         "ablate",
         help="train with one thing changed at a time, over seeds; a table and a page of what it does",
@@ -141,6 +156,11 @@ def _run(options: argparse.Namespace) -> int:
         from rlhf_duplex.data.curate import curate
 
         curate(options.corpus, options.out, curate_options.from_arguments(options))
+        return 0
+    if options.command == "export":
+        from rlhf_duplex.export import run
+
+        print("\n".join(run(options.run, options.to, options.lora, options.dtype)))
         return 0
     if options.command == "report":
         return _report(options)

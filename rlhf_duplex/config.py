@@ -41,6 +41,10 @@ class TrainerConfig:
             reads the same features, drifts with it, and the words after the voice.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
+        importance: `truncated` weighs each token by how much likelier it is under the policy as it is trained than it
+            was when it was drawn (streaming, in another number type), at most `importance_cap` times; `none` does not.
+        gradient_checkpointing: compute the layers of the transformer anew in the backward pass: less memory, a third
+            more time.
     """
 
     algorithm: str = "grpo"
@@ -59,6 +63,9 @@ class TrainerConfig:
     audio_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
+    importance: str = "none"
+    importance_cap: float = 2.0
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -111,9 +118,16 @@ class DetectorConfig:
 
 @dataclass
 class RolloutConfig:
-    """`batch_size`: dialogues played at once."""
+    """How episodes are played.
+
+    Attributes:
+        batch_size: dialogues at once; 0: as many as memory is free for (on a GPU).
+        merged: with adapters, act with a merged copy of the layers that have one: faster frames for their memory. It
+            rounds otherwise than the adapters do, which `mismatch/*` shows and `trainer.importance` corrects.
+    """
 
     batch_size: int = 256
+    merged: bool = False
 
 
 @dataclass
@@ -171,6 +185,25 @@ class LoraConfig:
     parts: list[str] = field(default_factory=lambda: ["temporal"])
 
 
+@dataclass
+class PromptConfig:
+    """What the policy is told before every dialogue, masked out of the loss (PersonaPlex; none for Moshi).
+
+    Attributes:
+        voice: a recording of the voice that the agent is to have.
+        text: its role, in words; put between `<system>` tags.
+        silence_seconds: after each of the two.
+        user_frame, silent_frame: Mimi's codes of the user's frame all the while and of a silent agent's; None: those of
+            PersonaPlex for Moshi's Mimi, and for another one what it makes of a tone of 440 Hz and of silence.
+    """
+
+    voice: str | None = None
+    text: str | None = None
+    silence_seconds: float = 0.5
+    user_frame: list[int] | None = None
+    silent_frame: list[int] | None = None
+
+
 def check_lora(lora: LoraConfig) -> None:
     """Hold an adapter's options against what can be.
 
@@ -222,6 +255,7 @@ class Config:
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     rewards: dict[str, Any] = field(default_factory=_default_rewards)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -311,9 +345,9 @@ def check_config(config: Config) -> None:
         "trainer.groups": trainer.groups,
         "trainer.minibatch": trainer.minibatch,
         "trainer.microbatch": trainer.microbatch,
+        "trainer.importance_cap": trainer.importance_cap,
         "trainer.passes": trainer.passes,
         "trainer.onset_frames": trainer.onset_frames,
-        "rollout.batch_size": config.rollout.batch_size,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,
@@ -351,6 +385,7 @@ def check_config(config: Config) -> None:
         "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
         "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
+        "trainer.importance": (trainer.importance, ("none", "truncated")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),
     }
@@ -378,6 +413,7 @@ DECIDES_NUMBERS = (
     "context",
     "detector",
     "lora",
+    "prompt",
     "rewards",
 )
 

@@ -14,12 +14,13 @@ import torch
 
 from envs.cores import map_on_cores
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.losses import grpo_loss, masked_mean, truncated_weights
 from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
-from rlhf_duplex.policy.lora import has_lora, part_of
+from rlhf_duplex.policy.lora import has_lora, is_fresh, part_of, without_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.scoring import score_text
 
 
 class NonFiniteError(RuntimeError):
@@ -35,12 +36,14 @@ class Batch:
         log_probs: `(B, T)` of the behaviour policy.
         mask: `(B, T)` bool, the frames that the loss is about.
         advantages: `(B,)`, or `(B, T)` where they differ from frame to frame.
+        weights: `(B, T)` importance weights, or None.
     """
 
     codes: torch.Tensor
     log_probs: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """Some of the episodes, cut to the longest of them."""
@@ -50,6 +53,7 @@ class Batch:
             self.log_probs[index, :length],
             self.mask[index, :length],
             self.advantages[index] if self.advantages.ndim == 1 else self.advantages[index, :length],
+            None if self.weights is None else self.weights[index, :length],
         )
 
 
@@ -84,7 +88,9 @@ class Learner:
         seed: of the order of minibatches.
 
     The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is, with
-    adapters as without. Weights that are not trained are shared with it, so that with adapters it costs no memory.
+    adapters as without. Weights that are not trained are shared with it: with adapters it is the model with them off,
+    and costs no memory. Trained weights in bfloat16 have a float32 copy, which the optimiser works on (a rate of 2e-7
+    is lost in 8 bits).
     """
 
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
@@ -102,14 +108,22 @@ class Learner:
             parameter.requires_grad_(not idle and (not self.adapters or part_of(name) == "lora"))
         shared = {id(p): p for p in policy.lm.parameters() if not p.requires_grad}
         reference = copy.deepcopy(policy.lm, shared).requires_grad_(False).eval()
+        if self.adapters and is_fresh(policy.lm):
+            reference = without_lora(reference)
+        policy.lm.transformer.checkpointing = trainer.gradient_checkpointing
         # The reference keeps its whole vocabulary: cut to its own top-k, KL to it would be infinite.
-        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0))
+        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0), policy.prompt)
         self.parameters = {n: p for n, p in policy.lm.named_parameters() if p.requires_grad}
+        self.masters = {
+            n: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+            for n, p in self.parameters.items()
+        }
         self.optimiser = torch.optim.AdamW(
-            self.parameters.values(),
+            self.masters.values(),
             lr=optimiser.learning_rate,
             betas=optimiser.betas,
             weight_decay=optimiser.weight_decay,
+            fused=policy.device.type == "cuda",
         )
 
     def learning_rate(self, update: int) -> float:
@@ -130,7 +144,8 @@ class Learner:
 
         Returns:
             Diagnostics, means over the steps (maxima for `ratio_max`). `mismatch/ratio_mean`, `mismatch/ratio_max` and
-            `mismatch/kl` (KL of rollout to train policy) are of the first minibatch, before its optimiser step.
+            `mismatch/kl` (KL of rollout to train policy) are from before the first optimiser step: of the first
+            minibatch, or of the whole batch where the objective or importance weights need its log-probabilities.
 
         Raises:
             NonFiniteError: before the weights are touched by the step that it happens in.
@@ -140,8 +155,9 @@ class Learner:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
         seen: dict[str, list[float]] = defaultdict(list)
-        if self.trainer.objective != "tokens":
-            batch = replace(batch, log_probs=self._behaviour_log_probs(batch))
+        mismatch: dict[str, float] = {}
+        if self.trainer.objective != "tokens" or self.trainer.importance != "none":
+            batch, mismatch = self._as_trained(batch)
         # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
         length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):
@@ -155,21 +171,36 @@ class Learner:
         joined["ratio_first"] = seen["ratio_mean"][0]
         joined["mismatch/ratio_mean"], joined["mismatch/ratio_max"] = seen["ratio_mean"][0], seen["ratio_max"][0]
         joined["mismatch/kl"] = seen["approx_kl"][0]
+        joined |= mismatch
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
-    def _behaviour_log_probs(self, batch: Batch) -> torch.Tensor:
-        """`(B, T)` of what was done, as the objective sees it, under the policy that acted: that before the update."""
+    def _as_trained(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """The batch with log-probabilities as the objective sees them, under the policy before the update, and weights.
+
+        Also how these differ from those that were recorded in the rollouts.
+        """
 
         @torch.no_grad()
-        def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             rows = batch.rows(index)
-            return index, self.objective.log_probs(self.policy.evaluate_actions(rows.codes)[1], rows.codes[:, 0])
+            scores = score_text(self.policy, rows.codes, rows.mask, objective=self.objective)
+            return index, scores.tokens, scores.done
 
-        result = torch.zeros_like(batch.log_probs)
+        tokens, done = torch.zeros_like(batch.log_probs), torch.zeros_like(batch.log_probs)
         order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
-        for index, values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
-            result[index, : values.shape[1]] = values
-        return result
+        for index, *values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
+            tokens[index, : values[0].shape[1]], done[index, : values[1].shape[1]] = values
+        drawn = batch.log_probs
+        weights = None
+        if self.trainer.importance == "truncated":
+            weights = truncated_weights(tokens, drawn, batch.mask, self.trainer.importance_cap)
+        log_ratio = torch.where(batch.mask, tokens - drawn, torch.zeros_like(drawn))
+        mismatch = {
+            "mismatch/ratio_mean": float(masked_mean(log_ratio.exp(), batch.mask).mean()),
+            "mismatch/ratio_max": float(log_ratio.exp().max()),
+            "mismatch/kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask).mean()),
+        }
+        return replace(batch, log_probs=done, weights=weights), mismatch
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -182,15 +213,16 @@ class Learner:
             lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index), length), parts, self.policy.device
         )
         for part, (gradients, diagnostics) in zip(parts, results, strict=True):
-            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            for master, gradient in zip(self.masters.values(), gradients, strict=True):
                 if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                    gradient = gradient.to(master.dtype)
+                    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             for name, value in diagnostics.items():
                 if name.endswith("max"):
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value * (len(part) / len(index))
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip_norm)
         values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
         wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if wrong:
@@ -199,7 +231,15 @@ class Learner:
                 "lower optimiser.learning_rate, or look at the episodes of the last checkpoint"
             )
         self.optimiser.step()
+        self._to_policy()
         return values
+
+    @torch.no_grad()
+    def _to_policy(self) -> None:
+        """The float32 copies' values into the policy's weights."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def _gradients(
         self, batch: Batch, share: float, length: float | None
@@ -210,46 +250,38 @@ class Learner:
         return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        text = batch.codes[:, 0]
-        features = self.policy.features(batch.codes)
-        distribution = self.policy.distribution(features, text)
-        with torch.no_grad():
-            base = self.reference.features(batch.codes)
-            reference = self.reference.distribution(base, text)
-        kl = exact_kl(distribution, reference)
         trainer = self.trainer
+        anchored = trainer.audio_beta > 0
+        scores = score_text(self.policy, batch.codes, batch.mask, self.reference, self.objective, drift=anchored)
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
         weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
-            self.objective.log_probs(distribution, batch.codes[:, 0]),
+            scores.done,
             batch.log_probs,
             batch.advantages,
-            weight * kl,
+            weight * scores.kl,
             batch.mask,
             trainer.clip,
             1.0,
             trainer.clip_high,
             sequence_ratio=trainer.algorithm == "gspo",
             length=length,
+            weights=batch.weights,
         )
-        if trainer.audio_beta:
-            drift = self._drift(features, base, batch.mask)
+        if anchored:
+            drift = masked_mean(scores.drift, batch.mask).mean()
             loss = loss + trainer.audio_beta * drift
             diagnostics["audio_drift"] = drift.detach()
         with torch.no_grad():
-            diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
-            diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
+            diagnostics["kl"] = masked_mean(scores.kl, batch.mask).mean()
+            diagnostics["entropy"] = masked_mean(scores.entropy, batch.mask).mean()
         return loss, diagnostics
 
-    def _drift(self, features: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """How far what the depth transformer is given has moved from the reference's, as a share of its square."""
-        ours, theirs = self.policy.depth_inputs(features), self.policy.depth_inputs(base).detach()
-        distance = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=1e-6)
-        return masked_mean(distance, mask).mean()
-
     def state(self) -> dict[str, torch.Tensor]:
-        """The optimiser's state as named tensors (safetensors holds nothing else)."""
-        return optimiser_state(self.parameters, self.optimiser)
+        """The optimiser's state as named tensors (safetensors holds nothing else), float32 copies of weights in it."""
+        copies = {n: m for n, m in self.masters.items() if m is not self.parameters[n]}
+        kept = {f"master/{name}": master.detach().cpu().clone() for name, master in copies.items()}
+        return optimiser_state(self.masters, self.optimiser) | kept
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave (nothing, before the first update).
@@ -257,4 +289,8 @@ class Learner:
         Raises:
             ValueError: a parameter's state is not whole or has another shape.
         """
-        load_optimiser_state(self.parameters, self.optimiser, state)
+        load_optimiser_state(self.masters, self.optimiser, state)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if master is not self.parameters[name]:
+                    master.copy_(state.get(f"master/{name}", self.parameters[name]))

@@ -7,8 +7,10 @@ import numpy as np
 
 from envs.cores import one_core_operations
 from envs.episode import Episode
+from envs.frames import frames_in
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
+from rlhf_duplex.policy.memory import dialogues_that_fit
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
 
@@ -36,23 +38,39 @@ def rollout(
         segments, seeds, contexts: one of each for an episode; what an episode becomes depends on its own three only,
             not on what is played beside it.
         policy_version: written into the episodes.
-        batch_size: dialogues that are played at once, at most.
+        batch_size: dialogues that are played at once, at most; 0: as many as memory is free for on a GPU.
         on_frame: called with the number of dialogues after each frame, for a progress bar.
-        on_batch: called with the places and episodes of each batch as soon as it is played, before the next one is.
+        on_batch: called with the places and episodes of each batch. Audio is decoded and speech detected while the next
+            batch is played.
     """
-    # Long dialogues together: a batch takes as many frames as its longest.
+    # Long dialogues together: a batch takes as many frames as its longest. Those of a group are equally long.
     lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
     order = sorted(range(len(segments)), key=lambda i: -lengths[i])
+    if not batch_size:
+        longest = frames_in(env.user_sides.lead_in + max(lengths, default=0.0), env.codec.frame_rate) + 1
+        batch_size = dialogues_that_fit(policy, longest)
     episodes: dict[int, Episode] = {}
+
+    def collect(rows: list[int], played: Callable[[], list[Episode]]) -> None:
+        found = [replace(episode, policy_version=policy_version) for episode in played()]
+        episodes.update(zip(rows, found, strict=True))
+        if on_batch is not None:
+            on_batch(rows, found)
+
+    before: tuple[list[int], Callable[[], list[Episode]]] | None = None
     with one_core_operations(policy.device):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            chosen = [segments[i] for i in rows]
-            played = _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
-            played = [replace(episode, policy_version=policy_version) for episode in played]
-            episodes.update(zip(rows, played, strict=True))
-            if on_batch is not None:
-                on_batch(rows, played)
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                chosen = [segments[i] for i in rows]
+                played = _play(policy, env, chosen, [seeds[i] for i in rows], [contexts[i] for i in rows], on_frame)
+                if before is not None:
+                    collect(*before)
+                before = rows, played
+        finally:
+            policy.end()
+        if before is not None:
+            collect(*before)
     return [episodes[i] for i in range(len(segments))]
 
 
@@ -63,8 +81,9 @@ def _play(
     seeds: list[int],
     contexts: list[float],
     on_frame: Callable[[int], None] | None,
-) -> list[Episode]:
-    observation, infos = env.reset(options={"segments": segments, "context": contexts})
+) -> Callable[[], list[Episode]]:
+    """Play a batch; gives a function that waits for its episodes."""
+    observation, infos = env.reset(options={"segments": segments, "context": contexts, "later": True})
     frames = infos["frames"]
     policy.begin(seeds, frames.tolist())
     try:
@@ -76,21 +95,26 @@ def _play(
                 on_frame(len(segments))
         trajectory = policy.trajectory()
     finally:
-        policy.end()
+        policy.end(keep=policy.fixed)
     codes, log_probs = trajectory.codes.cpu().numpy(), trajectory.log_probs.cpu().numpy()
+    later = infos["later"]
+
     # An episode that ended earlier played on beside the longer ones; what is cut off here was never heard. Its last
     # frame keeps no code that was drawn or came in later, as if it had been played alone.
-    return [
-        replace(
-            episode,
-            text_tokens=codes[row, 0, :count].copy(),
-            audio_tokens=_cut(
-                codes[row, 1:], count, policy.lm.delays[1:], policy.lm.zero_token_id, policy.agent_codebooks
-            ),
-            log_probs=log_probs[row, :count].copy(),
-        )
-        for row, (episode, count) in enumerate(zip(infos["episodes"], frames.tolist(), strict=True))
-    ]
+    def finished() -> list[Episode]:
+        return [
+            replace(
+                episode,
+                text_tokens=codes[row, 0, :count].copy(),
+                audio_tokens=_cut(
+                    codes[row, 1:], count, policy.lm.delays[1:], policy.lm.zero_token_id, policy.agent_codebooks
+                ),
+                log_probs=log_probs[row, :count].copy(),
+            )
+            for row, (episode, count) in enumerate(zip(later(), frames.tolist(), strict=True))
+        ]
+
+    return finished
 
 
 def _cut(codes: np.ndarray, frames: int, delays: Sequence[int], missing: int, agent_codebooks: int) -> np.ndarray:

@@ -37,8 +37,9 @@ from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import Scores, evaluate_policy, take_before
 from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
-from rlhf_duplex.policy.lora import add_lora
+from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -67,6 +68,7 @@ def load_inputs(config: Config) -> Inputs:
         InputError: the first thing that is wrong.
     """
     check_machine(config)
+    check_prompt(config.prompt)
     specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
     reward_function = RewardFunction(specs)
     detector = make_detector(config.detector.name, **config.detector.options)
@@ -196,7 +198,10 @@ class Trainer:
         if config.lora.rank:
             add_lora(self.bundle.lm, seed=config.seed, **vars(config.lora))
         sampling = Sampling(**vars(config.sampling))
-        self.policy = MoshiPolicy(self.bundle.lm, sampling)
+        self.policy = MoshiPolicy(self.bundle.lm, sampling, make_prompt(self.bundle, config.prompt))
+        self.actor = self.policy  # plays the episodes that are trained on
+        if config.lora.rank and config.rollout.merged:
+            self.actor = MoshiPolicy(merged_copy(self.bundle.lm), sampling, self.policy.prompt)
         self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
         store = open_cache(config.codes_cache, self.codec)
@@ -251,8 +256,10 @@ class Trainer:
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
         started = time.perf_counter()
         early = EarlyScores(self.inputs.reward_function)
+        if self.actor is not self.policy:
+            merge_into(self.actor.lm, self.bundle.lm)
         episodes = rollout(
-            self.policy,
+            self.actor,
             self.env,
             [segment for segment in groups for _ in range(trainer.group_size)],
             [

@@ -11,17 +11,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks",
         description="Speed as ratios against stock Moshi, Mimi and Silero, both sides in one run, interleaved.",
-        epilog="example: python -m experiments.benchmarks --json benchmarks.json",
+        epilog="examples:\n  python -m experiments.benchmarks --json benchmarks.json\n"
+        "  python -m experiments.benchmarks gpu\n"
+        "  python -m experiments.benchmarks gpu --small --device cpu --dtype float32",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, required=True, help="file to write the results to")
-    parser.add_argument("--checkpoint", default="nano", help="nano, a bundle's folder or a hub id")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1...")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "part",
+        nargs="?",
+        choices=("ratios", "gpu"),
+        default="ratios",
+        help="ratios against the stock way (default), or the 7B's real shapes on a GPU",
+    )
+    parser.add_argument("--json", type=Path, help="file to write the results to (default: benchmarks.json, gpu.json)")
+    parser.add_argument("--checkpoint", default="nano", help="of the ratios: nano, a bundle's folder or a hub id")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: cpu; of gpu: cuda)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; of gpu: bfloat16")
     parser.add_argument("--threads", type=int, default=0, help="cores for both sides (0: all)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side; the median counts")
     parser.add_argument("--small", action="store_true", help="few and short dialogues: does everything run?")
     parser.add_argument("--updates", type=int, default=0, help="also so many small updates: does memory grow?")
     arguments = parser.parse_args()
+    on_gpu = arguments.part == "gpu"
+    arguments.json = arguments.json or Path("gpu.json" if on_gpu else "benchmarks.json")
+    arguments.device = arguments.device or ("cuda" if on_gpu else "cpu")
+    arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     if arguments.threads > 0:  # before PyTorch reads it
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
@@ -34,10 +48,10 @@ def main() -> int:
             raise InputError("--threads and --updates must be at least 0 and --repeats at least 1")
         if not arguments.json.resolve().parent.is_dir():
             raise InputError(f"--json {arguments.json}: the folder {arguments.json.parent} does not exist")
-        from experiments.benchmarks.run import run
+        from experiments.benchmarks import gpu, run
 
         console = Console(width=None if sys.stdout.isatty() else 110)
-        results = run(arguments, console)
+        results = (gpu if on_gpu else run).run(arguments, console)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,7 +63,7 @@ def growth(updates: int, device: torch.device, advance: Callable[[float], None])
                 f"device={device}",
                 f"trainer.updates={updates}",
                 "trainer.groups=2",
-                "trainer.group_size=4",
+                "trainer.group_size=2",
                 "trainer.minibatch=4",
                 "trainer.microbatch=2",
                 "optimiser.learning_rate=1e-5",

@@ -104,10 +104,10 @@ def compare(comparison: Comparison, device: torch.device, repeats: int, advance:
     """Medians of the interleaved runs, after one run of each that does not count."""
 
     def speed(work: Callable[[], float]) -> float:
-        _synchronise(device)
+        synchronise(device)
         started = time.perf_counter()
         seconds = work()
-        _synchronise(device)
+        synchronise(device)
         return seconds / (time.perf_counter() - started)
 
     speed(comparison.ours)
@@ -124,7 +124,8 @@ def compare(comparison: Comparison, device: torch.device, repeats: int, advance:
     }
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -250,10 +251,10 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         work()
         times = []
         for _ in range(5):
-            _synchronise(device)
+            synchronise(device)
             started = time.perf_counter()
             work()
-            _synchronise(device)
+            synchronise(device)
             times.append(time.perf_counter() - started)
         return statistics.median(times)
 

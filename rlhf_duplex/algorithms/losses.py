@@ -32,6 +32,24 @@ def entropy(log_policy: torch.Tensor) -> torch.Tensor:
     return -torch.where(probability > 0, probability * log_policy, torch.zeros_like(log_policy)).sum(dim=-1)
 
 
+def truncated_weights(
+    log_probs: torch.Tensor, behaviour_log_probs: torch.Tensor, mask: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """`min(pi_train / pi_rollout, cap)` of each token, `(B, T)`, 1 outside the mask.
+
+    Truncated importance sampling: the policy that acts in bfloat16, frame by frame, is not quite the one that is
+    trained in whole sequences (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training",
+    2025; the cap is after Ionides, 2008).
+
+    Args:
+        log_probs: `(B, T)` of the tokens under the policy as it is trained, before the update.
+        behaviour_log_probs: `(B, T)` as recorded when they were drawn.
+        mask: `(B, T)` bool.
+        cap: above 0.
+    """
+    return torch.where(mask, log_probs - behaviour_log_probs, torch.zeros_like(log_probs)).exp().clamp(max=cap)
+
+
 def grpo_loss(
     log_probs: torch.Tensor,
     behaviour_log_probs: torch.Tensor,
@@ -43,6 +61,7 @@ def grpo_loss(
     clip_high: float | None = None,
     sequence_ratio: bool = False,
     length: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy-gradient loss with a KL penalty (arXiv 2606.11167, section 3; GRPO, arXiv 2402.03300, eq. 3).
 
@@ -59,6 +78,8 @@ def grpo_loss(
         kl_beta: beta.
         clip_high: eps_high, None for eps (clip-higher, DAPO, arXiv 2503.14476, section 3.1).
         sequence_ratio: one ratio for an episode, `exp(1/N_b sum_n log rho_n)` (GSPO, arXiv 2507.18071, eq. 7).
+        weights: `(B, T)` of each frame's term, without gradient: truncated importance weights
+            (`truncated_weights`).
         length: divides every episode's sum instead of its own N_b (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
     Returns:
@@ -73,6 +94,8 @@ def grpo_loss(
     gain = advantages[:, None] if advantages.ndim == 1 else advantages
     high = clip if clip_high is None else clip_high
     objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + high) * gain)
+    if weights is not None:
+        objective = objective * weights
     value = masked_mean(objective, mask) - kl_beta * masked_mean(kl, mask)
     if length is not None:
         value = value * mask.sum(dim=-1) / length

@@ -32,14 +32,21 @@ class Objective:
         if self.name not in OBJECTIVES:
             raise ValueError(f"objective '{self.name}' is not known: choose one of {', '.join(OBJECTIVES)}")
 
-    def log_probs(self, distribution: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` from log-probabilities `(B, T, V)` and text tokens `(B, T)` (-1 counts as token 0: mask it)."""
+    def log_probs(
+        self, distribution: torch.Tensor, text: torch.Tensor, onsets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(B, T)` from log-probabilities `(B, T, V)` and text tokens `(B, T)` (-1 counts as token 0: mask it).
+
+        `onsets`, where these are some frames of many and not whole episodes in order: `self.onsets` at them.
+        """
         tokens = distribution.gather(-1, text.clamp(min=0)[..., None])[..., 0]
         if self.name == "tokens":
             return tokens
         spoke = (text != self.silent).long()
         speaking = speaking_log_probs(distribution, self.silent).gather(-1, spoke[..., None])[..., 0]
-        return speaking if self.name == "speaking" else torch.where(self.onsets(text), tokens, speaking)
+        if self.name == "speaking":
+            return speaking
+        return torch.where(self.onsets(text) if onsets is None else onsets, tokens, speaking)
 
     def onsets(self, text: torch.Tensor) -> torch.Tensor:
         """`(B, T)` bool of text tokens `(B, T)`: the agent was silent for `onset_frames` and may begin."""

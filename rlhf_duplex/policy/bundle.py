@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo, get_mimi
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
 from rlhf_duplex.policy.codec import MimiCodec, agent_codebooks
+from rlhf_duplex.policy.personaplex import expand_depth, is_personaplex
 
 NANO = "nano"
 NANO_FOLDER = Path(__file__).parent.parent / "nano"
@@ -31,6 +33,7 @@ _NAMES = {
     "tokenizer_name": "tokenizer.model",
     "mimi_config_name": "mimi_config.json",
 }
+_HUB_NAMES = {"mimi_name": loaders.MIMI_NAME, "tokenizer_name": loaders.TEXT_TOKENIZER_NAME}
 _NOT_LM = {*_NAMES, "lora_name", "model_type", "lm_gen_config", "tts_config", "stt_config", "model_id"}
 
 
@@ -131,13 +134,13 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
         InputError: a missing file, an unknown or missing key, a wrong shape; the message names file and key.
     """
     folder = find_bundle(checkpoint)
-    info = local_info(folder) if folder is not None else _hub_info(checkpoint)
+    info = local_info(folder) if folder is not None else _completed(_hub_info(checkpoint), checkpoint)
     check_bundle(info)
     mimi_weights = load_file(info.mimi_weights, device="cpu")
     codebooks = _mimi_codebooks(info)
     mimi = get_mimi(None, info.mimi_config, num_codebooks=codebooks, device=device)
     mimi.load_state_dict({name: value.float() for name, value in mimi_weights.items()})
-    lm = info.get_moshi(device=device, dtype=dtype)
+    lm = _load_lm(info, device, dtype)
     try:
         tokenizer = info.get_text_tokenizer()
     except (OSError, RuntimeError) as error:
@@ -150,6 +153,17 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
         tokenizer,
         folder or info.moshi_weights.parent,
     )
+
+
+def _load_lm(info: CheckpointInfo, device: str, dtype: torch.dtype) -> LMModel:
+    """Moshi's own loading, but for weights that PersonaPlex's larger depth transformer has to be filled from."""
+    if not is_personaplex(info.lm_config or {}):
+        return info.get_moshi(device=device, dtype=dtype)
+    lm = info.get_moshi(device="meta", dtype=dtype, load_weight=False)
+    weights = expand_depth(load_file(info.moshi_weights, device=device), lm)
+    # Cloned, since a copied weight is trained apart from its source.
+    lm.load_state_dict({name: value.to(dtype, copy=True) for name, value in weights.items()}, assign=True)
+    return lm.eval()
 
 
 def local_info(folder: Path) -> CheckpointInfo:
@@ -170,11 +184,13 @@ def local_info(folder: Path) -> CheckpointInfo:
     paths: dict[str, Path | None] = {}
     for key in _NAMES:
         name = config.get(key, None if key == "mimi_config_name" else _NAMES[key])
+        if key not in config and key in _HUB_NAMES and not (folder / str(name)).is_file():
+            name = _HUB_NAMES[key]  # a copy of a repository of Kyutai's or NVIDIA's
         path = None if name is None else folder / Path(str(name).removeprefix("file://")).name
         if path is not None and not path.is_file():
             raise InputError(f"{config_path}: `{key}` names {path.name}, which is not in {folder}")
         paths[key] = path
-    return CheckpointInfo.from_hf_repo(
+    info = CheckpointInfo.from_hf_repo(
         str(folder),
         moshi_weights=paths["moshi_name"],
         mimi_weights=paths["mimi_name"],
@@ -182,6 +198,18 @@ def local_info(folder: Path) -> CheckpointInfo:
         config_path=config_path,
         mimi_config_path=paths["mimi_config_name"],
     )
+    return _completed(info, folder.name)
+
+
+def _completed(info: CheckpointInfo, name: str) -> CheckpointInfo:
+    """With the 7B's sizes where config.json has none (moshiko, PersonaPlex): as Moshi's loaders do."""
+    if "dim" in (info.lm_config or {}):
+        return info
+    sizes = dict(loaders._lm_kwargs)
+    if "personaplex" in f"{name} {info.model_type}".lower():
+        sizes["dep_q"] = sizes["n_q"]
+    kept = {key: value for key, value in (info.raw_config or {}).items() if key in _NOT_LM}
+    return replace(info, lm_config=sizes, raw_config={**kept, **sizes})
 
 
 def _hub_info(repository: str) -> CheckpointInfo:
@@ -238,6 +266,8 @@ def _check_weights(model: torch.nn.Module, path: Path) -> None:
             }
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({_one_line(error)})") from error
+    if isinstance(model, LMModel):
+        header = expand_depth(header, model)
     # Loading meta tensors applies the models' own renaming of old keys and compares every shape.
     try:
         result = model.load_state_dict(header, strict=False, assign=True)

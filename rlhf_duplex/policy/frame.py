@@ -40,14 +40,20 @@ class FrameStep:
         self._depth_norms = [plain_norm(norm) for norm in lm.depformer_norms]
 
     def prefill(self, tokens: torch.Tensor) -> None:
-        """Put tokens `(K, T, n)` of the first T frames, text first, into the temporal transformer's cache."""
+        """Put tokens `(K, T, n)` of the first T frames, text first, into the temporal transformer's cache.
+
+        n is B, or 1 where all dialogues begin with the same.
+        """
         embedded = self._embed(tokens.roll(-1, 0).flatten(1).t()).unflatten(0, tokens.shape[1:])
         self.temporal.prefill(embedded.transpose(0, 1))
 
-    def text(self, tokens: torch.Tensor, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(K, n)` of a frame, text first, to hidden states `(n, D)` and text logits `(n, V)`."""
+    def text(self, tokens: torch.Tensor, frame: int | torch.Tensor, seen: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `(K, n)` of a frame, text first, to hidden states `(n, D)` and text logits `(n, V)`.
+
+        `frame` and `seen` as in `PlainTransformer.step`.
+        """
         # Audio first, then text: the order in which Moshi adds them up.
-        hidden = self._norm(self.temporal.step(self._embed(tokens.roll(-1, 0).t()), frame))
+        hidden = self._norm(self.temporal.step(self._embed(tokens.roll(-1, 0).t()), frame, seen))
         return hidden, self.lm.text_linear(hidden)
 
     def project(self, hidden: torch.Tensor) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ Either way the layers are called as modules (a subclass of `nn.Linear` inside `g
 its weight there). The scale of an adapter is `scaling`, alpha / rank in PEFT's words.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -139,6 +140,47 @@ def lora_off(lm: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def without_lora(lm: LMModel) -> LMModel:
+    """The model with its adapters taken off, in place: the one that they were put on."""
+    for name, module in list(lm.named_modules()):
+        base = module.frozen_W if isinstance(module, LoRALinear) else getattr(module, "base_layer", None)
+        if base is not None:
+            setattr(lm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], base)
+    return lm
+
+
+def merged_copy(lm: LMModel) -> LMModel:
+    """A plain model that acts as this one does now: a frame of it costs no adapters.
+
+    Weights that no adapter is on are shared with it; the others are its own, and `merge_into` brings them up to date.
+    """
+    adapted = {id(value) for name, value in lm.named_parameters() if any(word in name for word in _BASE_NAMES)}
+    shared = {id(value): value for value in lm.parameters() if id(value) not in adapted}
+    plain = without_lora(copy.deepcopy(lm, shared)).eval()
+    merge_into(plain, lm)
+    return plain
+
+
+@torch.no_grad()
+def merge_into(plain: LMModel, lm: LMModel) -> None:
+    """Write W + scaling B A of the adapted layers into a model that `merged_copy` made of this one."""
+    targets = dict(plain.named_parameters())
+    for name, module in lm.named_modules():
+        base = module.frozen_W if isinstance(module, LoRALinear) else getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        down, up = adapter_of(dict(module.named_parameters()), "")
+        scaling = module.scaling if isinstance(module, LoRALinear) else module.scaling["default"]
+        target = targets[f"{name}.weight"]
+        target.requires_grad_(False)
+        target.copy_(base.weight.float() + scaling * (up.float() @ down.float()))
+
+
+def is_fresh(lm: nn.Module) -> bool:
+    """Whether the adapters change nothing yet."""
+    return not any(bool(value.any()) for name, value in lm.named_parameters() if ".lora_B" in name)
+
+
 def _peft_layers(lm: nn.Module) -> list[Any]:
     names = [name for name, _ in lm.named_parameters() if ".base_layer." in name]
     return [lm.get_submodule(name.split(".base_layer.")[0]) for name in names]
@@ -194,8 +236,8 @@ def export_moshi_lora(
     have none here are therefore written with B = 0.
 
     Args:
-        weights: a state dict with adapters of either flavour.
-        lm: the model it is of.
+        weights: a state dict with adapters of either flavour, or the adapters alone.
+        lm: the model it is of, with adapters or without, on any device.
         config: the base bundle's config.json.
         rank, scaling: of the adapters.
         folder: appears whole, or not at all.
@@ -206,7 +248,7 @@ def export_moshi_lora(
         if not isinstance(module, nn.Linear) or ".lora_" in f".{name}":
             continue
         base = name.rpartition(".")[0] if inner in ("frozen_W", "base_layer") else name
-        if base != name:
+        if any(f"{base}.lora_A{suffix}.weight" in weights for suffix in ("", ".default")):
             down, up = adapter_of(weights, f"{base}.")
         else:
             down = torch.zeros(rank, module.in_features, dtype=module.weight.dtype)

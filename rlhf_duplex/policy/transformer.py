@@ -4,7 +4,8 @@ Moshi's streaming modules serve rows that advance independently: ring buffers, e
 and rotations made anew in every layer of every call. In a rollout all dialogues stand at the same frame, and in an
 update all begin at 0. So the caches are plain tensors as long as the longest episode, attention reads what has been
 written and needs no mask, and the rotations of all positions are computed once. Values are those of Moshi's modules
-(tested: to the bit for whole sequences).
+(tested: to the bit for whole sequences). A CUDA graph needs shapes that do not change: it is told the position by a
+tensor on the device, and attention reads a part of the cache that several positions share, behind a mask.
 
 Shapes: `n` rows, `T` positions, `D` width, `H` heads, `d` width of a head.
 """
@@ -55,15 +56,29 @@ class PlainTransformer:
             table = create_sin_embedding(steps, attention.embed_dim, transformer.max_period, weight.dtype)[0]
             self._sine = transformer.positional_scale * table
 
-    def step(self, inputs: torch.Tensor, position: int) -> torch.Tensor:
-        """Inputs `(n, D)` at a position to outputs `(n, D)`; all earlier positions of these rows came before."""
-        signal = inputs if self._sine is None else inputs + self._sine[position]
+    def step(self, inputs: torch.Tensor, position: int | torch.Tensor, seen: int = 0) -> torch.Tensor:
+        """Inputs `(n, D)` at a position to outputs `(n, D)`; all earlier positions of these rows came before.
+
+        Args:
+            inputs: of n rows.
+            position: a number, or `(1,)` on the device.
+            seen: with a tensor: how many positions of the cache are read at most; more than the position.
+        """
+        signal, mask = inputs, None
+        if self._sine is not None:
+            signal = signal + self._sine[position]
+        if isinstance(position, torch.Tensor):
+            behind = position - torch.arange(seen, device=position.device)
+            mask = ((behind >= 0) & (behind < self._layers[0].context))[None, None, None]
         for layer in self._layers:
-            signal = layer.step(signal, position, self._rotation)
+            signal = layer.step(signal, position, self._rotation, mask)
         return signal.to(inputs.dtype)
 
     def prefill(self, inputs: torch.Tensor) -> None:
-        """Inputs `(n, T, D)` at the first T positions into the caches of these rows, so that `step` goes on at T."""
+        """Inputs `(n, T, D)` at the first T positions into the caches, so that `step` goes on at T.
+
+        One row for each dialogue, or one that all of them begin with.
+        """
         signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
         for layer in self._layers:
             signal = layer.whole(signal, self._rotation, keep=True)
@@ -73,7 +88,7 @@ class PlainTransformer:
         signal = inputs if self._sine is None else inputs + self._sine[: inputs.shape[1]]
         for layer in self._layers:
             if self._transformer.checkpointing and torch.is_grad_enabled():
-                signal = checkpoint(layer.whole, signal, self._rotation, use_reentrant=False)
+                signal = checkpoint(layer.whole, signal, self._rotation, use_reentrant=False, preserve_rng_state=False)
             else:
                 signal = layer.whole(signal, self._rotation)
         return signal.to(inputs.dtype)
@@ -87,7 +102,7 @@ class _Layer:
             raise InputError("a model with cross attention, or without self attention, is not supported")
         attention = layer.self_attn
         self._heads, self._kept = attention.num_heads, attention.num_heads // attention.kv_repeat
-        self._context = attention.context or positions
+        self.context = attention.context or positions
         self._norm1, self._norm2 = plain_norm(layer.norm1), plain_norm(layer.norm2)
         self._scale1, self._scale2 = _scale(layer.layer_scale_1), _scale(layer.layer_scale_2)
         steps = layer.weights_per_step
@@ -101,36 +116,47 @@ class _Layer:
         shape = (2, batch, self._kept, positions, attention.embed_dim // self._heads)
         self._cache = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
-    def step(self, signal: torch.Tensor, position: int, rotation: "_Rotation | None") -> torch.Tensor:
-        index, rows = self._index[position], len(signal)
+    def step(
+        self,
+        signal: torch.Tensor,
+        position: int | torch.Tensor,
+        rotation: "_Rotation | None",
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = len(signal)
+        index = self._index[position] if isinstance(position, int) else self._index[0]
         queries, keys, values = self._project(self._norm1(signal), index, rotation, position)
         cache = self._cache[:, :rows]
-        cache[0, :, :, position] = keys
-        cache[1, :, :, position] = values
-        seen = cache[:, :, :, max(0, position + 1 - self._context) : position + 1]
-        attended = functional.scaled_dot_product_attention(queries[:, :, None], *self._repeated(*seen))
+        if isinstance(position, int):
+            cache[0, :, :, position] = keys
+            cache[1, :, :, position] = values
+            seen = cache[:, :, :, max(0, position + 1 - self.context) : position + 1]
+        else:
+            cache.index_copy_(3, position, torch.stack([keys, values])[:, :, :, None])
+            seen = cache[:, :, :, : mask.shape[-1]]  # type: ignore[union-attr]
+        attended = functional.scaled_dot_product_attention(queries[:, :, None], *self._repeated(*seen), mask)
         signal = signal + self._scale1(self._out[index](attended.reshape(rows, -1)))
         return signal + self._scale2(self._feed[index](self._norm2(signal)))
 
     def whole(self, signal: torch.Tensor, rotation: "_Rotation | None", keep: bool = False) -> torch.Tensor:
-        rows, length = signal.shape[:2]
+        length = signal.shape[1]
         projected = self._project(self._norm1(signal), 0, rotation, slice(0, length))
         queries, keys, values = (part.transpose(1, 2) for part in projected)
         if keep:
-            self._cache[0, :rows, :, :length] = keys
-            self._cache[1, :rows, :, :length] = values
+            self._cache[0, :, :, :length] = keys
+            self._cache[1, :, :, :length] = values
         mask = None
-        if length > self._context:
+        if length > self.context:
             steps = torch.arange(length, device=signal.device)
             delta = steps[:, None] - steps
-            mask = (delta >= 0) & (delta < self._context)
+            mask = (delta >= 0) & (delta < self.context)
         keys, values = self._repeated(keys, values)
         attended = functional.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None)
         signal = signal + self._scale1(self._out[0](attended.transpose(1, 2).flatten(-2)))
         return signal + self._scale2(self._feed[0](self._norm2(signal)))
 
     def _project(
-        self, signal: torch.Tensor, index: int, rotation: "_Rotation | None", place: int | slice
+        self, signal: torch.Tensor, index: int, rotation: "_Rotation | None", place: int | slice | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `(..., H, d)` of `(..., D)`."""
         projected = self._in[index](signal).unflatten(-1, (self._heads + 2 * self._kept, -1))
@@ -155,8 +181,8 @@ class _Rotation:
         self._table = torch.complex(torch.cos(angles), torch.sin(angles))  # (positions, 1, width / 2)
         self._interleave = interleave
 
-    def __call__(self, vectors: torch.Tensor, place: int | slice) -> torch.Tensor:
-        """Vectors `(n, H, d)` at one position, or `(n, T, H, d)` at several, turned."""
+    def __call__(self, vectors: torch.Tensor, place: int | slice | torch.Tensor) -> torch.Tensor:
+        """Vectors `(n, H, d)` at one position (a number, or `(1,)`), or `(n, T, H, d)` at several, turned."""
         pairs = vectors.float().unflatten(-1, (-1, 2) if self._interleave else (2, -1))
         if not self._interleave:
             pairs = pairs.transpose(-1, -2).contiguous()

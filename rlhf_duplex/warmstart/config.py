@@ -15,6 +15,7 @@ from rlhf_duplex.config import (
     DetectorConfig,
     EvaluationConfig,
     LoraConfig,
+    PromptConfig,
     SamplingConfig,
     _default_rewards,
     check_lora,
@@ -170,6 +171,7 @@ class WarmstartConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     optimiser: WarmstartOptimiser = field(default_factory=WarmstartOptimiser)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -183,7 +185,7 @@ class WarmstartConfig:
 
 
 # What a resumed warm start must keep; how it is spread over devices and evaluated may change.
-DECIDES_NUMBERS = ("seed", "checkpoint", "pairs", "dtype", "loss", "lora", "optimiser", "training")
+DECIDES_NUMBERS = ("seed", "checkpoint", "pairs", "dtype", "loss", "lora", "prompt", "optimiser", "training")
 MAY_CHANGE = ("training.fsdp", "training.devices", "training.gradient_checkpointing")
 
 

@@ -34,19 +34,27 @@ class PairModel(nn.Module):
     Args:
         lm: is trained in place.
         streams: `text`, `semantic` or `audio`. With `text` the depth transformer is not run.
+        prompt: `(K, P)` columns that every dialogue begins with and no loss is about; None for none.
         objective: what of a text token is learned; None: the token.
 
     Raises:
         InputError: the model has a delayed text stream.
     """
 
-    def __init__(self, lm: LMModel, streams: str = "text", objective: Objective | None = None) -> None:
+    def __init__(
+        self,
+        lm: LMModel,
+        streams: str = "text",
+        objective: Objective | None = None,
+        prompt: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.objective = objective or Objective()
         if lm.delays[0] != 0:
             raise InputError(f"the text stream of this model is delayed by {lm.delays[0]} frames, 0 is needed")
         self.lm = lm
         self.targets = stream_ids(lm, streams).targets
+        self._prompt = None if prompt is None else prompt.to(lm.device)
 
     def forward(
         self, codes: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor, **_: Any
@@ -68,13 +76,17 @@ class PairModel(nn.Module):
 
     def _logits(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """`(2P, T, V)` of each target stream."""
+        before = 0
+        if self._prompt is not None:
+            before = self._prompt.shape[1]
+            codes = torch.cat([self._prompt.expand(len(codes), -1, -1), codes], dim=-1)
         if len(self.targets) == 1:
-            return [self._text_logits(codes)]
+            return [self._text_logits(codes)[:, before:]]
         # A stream delayed by d has no logits in the last d frames: frames that do not exist are put behind.
         frames = codes.shape[-1]
         output = self.lm(nn.functional.pad(codes, (0, max(self.lm.delays)), value=int(self.lm.zero_token_id)))
-        audio = output.logits[..., :frames, :]
-        return [output.text_logits[:, 0, :frames], *(audio[:, row - 1] for row in self.targets[1:])]
+        audio = output.logits[..., before:frames, :]
+        return [output.text_logits[:, 0, before:frames], *(audio[:, row - 1] for row in self.targets[1:])]
 
     def _text_logits(self, codes: torch.Tensor) -> torch.Tensor:
         """As `LMModel.forward`, without its depth transformer. Moshi's own modules are called, which sharding needs."""

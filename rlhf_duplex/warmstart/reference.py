@@ -16,18 +16,26 @@ from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 
-def reference_key(weights: Mapping[str, torch.Tensor], pairs: Sequence[Pair], config: WarmstartConfig) -> str:
+def reference_key(
+    weights: Mapping[str, torch.Tensor],
+    pairs: Sequence[Pair],
+    config: WarmstartConfig,
+    prompt: torch.Tensor | None = None,
+) -> str:
     """Changes with anything that the log-probabilities depend on: tokens, spans, weights, streams, number types.
 
     Args:
         weights: the language model's state dict; adapters in it do not count.
         pairs: in their order.
         config: of the warm start.
+        prompt: columns before every dialogue.
     """
     digest = hashlib.sha256()
     loss = config.loss
     decides = (loss.streams, loss.objective, loss.onset_frames, loss.span, config.dtype, config.training.autocast)
     digest.update(repr(decides).encode())
+    if prompt is not None:
+        digest.update(_bytes(prompt))
     for name, value in sorted(merge_weights(weights, 0.0).items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(_bytes(value))
@@ -66,6 +74,7 @@ def score_pairs(
     pairs: Sequence[Pair],
     config: WarmstartConfig,
     on_pairs: Callable[[int], None] | None = None,
+    prompt: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of log-probabilities over the loss's targets, `(pairs, 2)` float32 for chosen and rejected, in their order.
 
@@ -74,8 +83,9 @@ def score_pairs(
         pairs: to score.
         config: streams, span, batch size and number types.
         on_pairs: called with the number of pairs after each batch.
+        prompt: columns before every dialogue.
     """
-    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss))
+    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss), prompt)
     was_training = lm.training
     model.eval()
     collate = PairCollator(stream_ids(lm, config.loss.streams), config.loss.span)

@@ -27,6 +27,7 @@ from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
 from rlhf_duplex.policy.lora import add_lora, export_moshi_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.tracking import MetricsLog, read_metrics
@@ -84,7 +85,7 @@ class Suite:
             return evaluate_policy(
                 run_dir,
                 name,
-                MoshiPolicy(bundle.lm, Sampling(**vars(config.sampling))),
+                MoshiPolicy(bundle.lm, Sampling(**vars(config.sampling)), make_prompt(bundle, config.prompt)),
                 env,
                 self.reward_function,
                 self.segments,
@@ -192,13 +193,14 @@ def references_of(
     Must be called while the bundle is the reference: before it is trained or given adapters that do anything.
     """
     path = Path(config.reference.cache or run_dir / "reference.safetensors")
-    key = reference_key(bundle.lm.state_dict(), pairs, config)
+    prompt = make_prompt(bundle, config.prompt)
+    key = reference_key(bundle.lm.state_dict(), pairs, config, prompt)
     found = read_references(path, key)
     if found is None:
         if path.is_file():
             console.print(f"{path} is of other pairs, weights or options: computed anew")
         with progress(console, "reference log-probabilities", len(pairs)) as advance:
-            found = score_pairs(bundle.lm, pairs, config, advance)
+            found = score_pairs(bundle.lm, pairs, config, advance, prompt)
         try:
             write_references(path, key, found)
         except OSError as error:
@@ -238,6 +240,7 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
     console = console or (make_console() if main else Console(quiet=True))
     with console.status("checking pairs, recordings and configuration"):
         check_machine(config)
+        check_prompt(config.prompt)
         pairs = read_pairs(Path(config.pairs))
         train, held_out = split_pairs(pairs, config.evaluation.pairs)
         suite = Suite(config)

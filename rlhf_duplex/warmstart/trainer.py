@@ -28,6 +28,7 @@ from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, lora_off, merge_weights, part_of
+from rlhf_duplex.policy.prompt import make_prompt
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
@@ -97,7 +98,12 @@ class PreferenceTrainer(DPOTrainer):
         args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
         Trainer.__init__(
             self,
-            model=PairModel(bundle.lm, config.loss.streams, make_objective(bundle.lm, config.loss)),
+            model=PairModel(
+                bundle.lm,
+                config.loss.streams,
+                make_objective(bundle.lm, config.loss),
+                make_prompt(bundle, config.prompt),
+            ),
             args=args,
             data_collator=PairCollator(ids, config.loss.span, config.loss.count_pad),
             train_dataset=train,

@@ -79,6 +79,28 @@ def test_reward_comes_at_the_end_with_its_axes(nano, silero, one_of_each, reward
     assert episode.user_speech[0].start >= 0.3
 
 
+def test_episodes_that_are_fetched_later_are_the_same(nano, silero, one_of_each):
+    """The next dialogues begin and end before the first ones' episodes are asked for."""
+    env = DuplexDialogueVectorEnv(one_of_each, nano.codec, silero, max_frames=12, lead_in=0.4)
+    actions = random_actions(env, 12, 4)
+    expected = play(env, one_of_each[:2], actions[:, :2])[4]["episodes"]
+    fetch = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        env.reset(options={"segments": one_of_each[rows], "context": 0.0, "later": True})
+        for frame in range(12):
+            _, rewards, _, truncated, infos = env.step(actions[frame, rows])
+        assert truncated.all()
+        assert rewards.tolist() == [0, 0]
+        assert set(infos) == {"later"}
+        fetch.append(infos["later"])
+    first = fetch[0]()
+    assert [e.segment.id for e in fetch[1]()] == [s.id for s in one_of_each[2:4]]
+    assert [e.segment.id for e in first] == [e.segment.id for e in expected]
+    for ours, theirs in zip(first, expected, strict=True):
+        assert np.array_equal(ours.agent_audio, theirs.agent_audio)
+        assert ours.agent_speech == theirs.agent_speech
+
+
 def test_truncation_at_the_frame_limit(nano, silero, one_of_each):
     env = DuplexDialogueVectorEnv(one_of_each[:2], nano.codec, silero, max_frames=7)
     segments = [s.id for s in one_of_each[:2]]

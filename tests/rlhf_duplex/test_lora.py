@@ -9,7 +9,16 @@ from torch import nn
 
 from envs.errors import InputError
 from rlhf_duplex.policy.bundle import NANO_FOLDER, load_bundle
-from rlhf_duplex.policy.lora import add_lora, export_moshi_lora, has_lora, lora_off, merge_weights, part_of
+from rlhf_duplex.policy.lora import (
+    add_lora,
+    export_moshi_lora,
+    has_lora,
+    lora_off,
+    merge_into,
+    merge_weights,
+    merged_copy,
+    part_of,
+)
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 
@@ -177,3 +186,24 @@ def test_adapters_are_not_put_on_adapters():
     add_lora(bundle.lm, 2)
     with pytest.raises(InputError, match="merge them first"):
         add_lora(bundle.lm, 2)
+
+
+@pytest.mark.parametrize("flavour", ["moshi", "peft"])
+def test_a_merged_copy_acts_as_the_adapters_do_and_is_brought_up_to_date(flavour):
+    bundle = load_bundle("nano")
+    add_lora(bundle.lm, 4, 2.0, flavour)
+    plain, codes = merged_copy(bundle.lm), codes_of(bundle)
+    assert not has_lora(plain)
+    own = {name for name, p in plain.named_parameters() if id(p) not in {id(q) for q in bundle.lm.parameters()}}
+    assert own  # the adapted layers'
+    assert all(name.startswith(("transformer", "text_linear")) for name in own)
+    with torch.no_grad():
+        before = MoshiPolicy(plain).text_logits(codes)
+        stir(bundle.lm)
+        trained = MoshiPolicy(bundle.lm).text_logits(codes)
+        assert (trained - before).abs().max() > 0.1
+        for _ in range(2):  # from the base each time: nothing adds up
+            merge_into(plain, bundle.lm)
+            torch.testing.assert_close(MoshiPolicy(plain).text_logits(codes), trained, rtol=1e-4, atol=1e-4)
+        with lora_off(bundle.lm):
+            torch.testing.assert_close(MoshiPolicy(bundle.lm).text_logits(codes), before)  # the base is untouched

@@ -1,5 +1,7 @@
 """Parity of the policy: acting, evaluating, and moshi's own classes must agree."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,59 @@ def test_recorded_distribution_is_the_one_sampled_from():
     assert torch.allclose(cut, torch.tensor([[0.0, 0.375, 0.625]]))
     kept = log_distribution(logits, 1.0, 2, keep=torch.tensor([0])).exp()
     assert torch.allclose(kept, torch.tensor([[0.2, 0.3, 0.5]]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"context": 6}, {"positional_embedding": "sin", "norm": "layer_norm"}])
+def test_frames_of_fixed_shape_are_the_same_frames(changes, monkeypatch):
+    """What CUDA graphs replay, on a CPU: the position a tensor, the cache read behind a mask, rows halved."""
+    monkeypatch.setattr("rlhf_duplex.policy.moshi.SEEN_TOGETHER", 8)
+    model = small_model([0, 0, 1, 0, 1], 2, **changes)
+    codes = user_codes(model, 2, batch=5, frames=27)
+    lengths = [27, 20, 12, 9, 3]
+    results = []
+    for fixed in (False, True):
+        policy = MoshiPolicy(model, Sampling(), fixed=fixed)
+        policy.begin([3, 1, 4, 1, 5], lengths)
+        actions = torch.stack([policy.act(codes[:, :, t]) for t in range(27)], dim=1)
+        results.append((actions, policy.trajectory()))
+        used = set(policy._stream.graphs)
+        policy.end()
+    assert used == {(5, 8), (5, 16), (3, 16), (2, 16), (2, 24), (1, 24), (1, 32)}
+    (plain, expected), (actions, trajectory) = results
+    for row, length in enumerate(lengths):
+        assert torch.equal(actions[row, :length], plain[row, :length])
+        assert torch.equal(trajectory.codes[row, 0, :length], expected.codes[row, 0, :length])
+        assert torch.allclose(trajectory.log_probs[row, :length], expected.log_probs[row, :length], atol=1e-5)
+
+
+def test_kept_caches_begin_anew(nano):
+    codes = user_codes(nano.lm, nano.codec.agent_codebooks, 3, 20)
+    policy = MoshiPolicy(nano.lm, Sampling(), fixed=True)
+    expected, _ = act_all(policy, codes[:, :, :15], [7, 8, 9])
+    policy.begin([1, 2, 3], 20)
+    for t in range(20):
+        policy.act(codes[:, :, t])
+    room = policy._stream
+    policy.end(keep=True)
+    actions, _ = act_all(policy, codes[:, :, :15], [7, 8, 9])
+    assert torch.equal(actions, expected)
+    policy.begin([1, 2, 3], 20)
+    policy.end(keep=True)
+    policy.begin([1, 2, 3], 18)
+    assert policy._stream.step is not room.step  # `act_all` freed it
+    kept = policy._stream
+    policy.end(keep=True)
+    policy.begin([4, 5, 6], 20)
+    assert policy._stream.step is kept.step
+    policy.act(codes[:, :, 0])
+    policy.act(codes[:, :, 1])
+    assert policy._stream.graphs
+    gone = weakref.ref(policy._stream)
+    del room, kept
+    gc.disable()  # caches of many GB must not wait for a collector
+    try:
+        policy.end()
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert policy._kept is None

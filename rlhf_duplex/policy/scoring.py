@@ -1,0 +1,114 @@
+"""What a policy says of whole episodes' text, without ever holding the logits of all their frames.
+
+The text vocabulary of the 7B has 32,000 entries: float32 logits of 16 episodes of 25 s are 640 MB, and log-softmax, KL
+and their gradients several times that. They are computed for some frames at a time, and anew in the backward pass;
+frames that no loss is about get none.
+
+Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary, `n` frames of any episodes, `D` width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_duplex.algorithms.losses import entropy, exact_kl
+from rlhf_duplex.algorithms.objectives import Objective
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import log_distribution
+
+# Logits that are held at once: 256 MB in float32.
+LOGITS_AT_ONCE = 2**26
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Of each frame's text, `(B, T)` float32 each, 0 outside the mask.
+
+    Attributes:
+        tokens: log-probability of the token that was drawn.
+        done: of what was done at the frame, as the objective sees it.
+        kl: KL[policy || reference]; 0 without a reference.
+        entropy: in nats, without gradient.
+        drift: squared distance between what the depth transformer is given and what the reference gives it, as a share
+            of the latter's square; 0 unless asked for.
+    """
+
+    tokens: torch.Tensor
+    done: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    drift: torch.Tensor
+
+
+def score_text(
+    policy: MoshiPolicy,
+    codes: torch.Tensor,
+    mask: torch.Tensor,
+    reference: MoshiPolicy | None = None,
+    objective: Objective | None = None,
+    drift: bool = False,
+    at_once: int = LOGITS_AT_ONCE,
+) -> TextScores:
+    """Score whole episodes, teacher-forced, under the transform that the policy samples with.
+
+    Args:
+        policy: with gradient, where that is enabled.
+        codes: `(B, K, T)`, padded at the end with -1.
+        mask: `(B, T)` bool, the frames that are wanted.
+        reference: without gradient.
+        objective: of `done`; None: the token.
+        drift: compute it (needs a reference).
+        at_once: logits held at a time, at most.
+    """
+    text = codes[:, 0].clamp(min=0)[mask]
+    goal = objective or Objective()
+    onsets = goal.onsets(codes[:, 0])[mask]
+    hidden = policy.text_hidden(codes)[mask]
+    others = None
+    if reference is not None:
+        with torch.no_grad():
+            others = reference.text_hidden(codes)[mask]
+
+    def part(
+        hidden: torch.Tensor, text: torch.Tensor, onsets: torch.Tensor, others: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`(4, n)` in the order of `TextScores`."""
+        sampling = policy.sampling
+        logits = policy.lm.text_linear(hidden)
+        policys = log_distribution(logits, sampling.text_temperature, sampling.text_top_k, keep=text)
+        tokens = policys.gather(-1, text[:, None])[:, 0]
+        done = tokens if goal.name == "tokens" else goal.log_probs(policys, text, onsets)
+        kl = torch.zeros_like(tokens)
+        if reference is not None and others is not None:
+            with torch.no_grad():
+                known = reference.sampling
+                theirs = log_distribution(
+                    reference.lm.text_linear(others), known.text_temperature, known.text_top_k, keep=text
+                )
+            kl = exact_kl(policys, theirs)
+        with torch.no_grad():
+            uncertain = entropy(policys)
+        return torch.stack([tokens, done, kl, uncertain])
+
+    size = max(1, at_once // policy.lm.text_linear.out_features)
+    starts = range(0, len(text), size)
+    anew = len(starts) > 1 and torch.is_grad_enabled()
+    found = []
+    for rows in (slice(start, start + size) for start in starts):
+        arguments = (hidden[rows], text[rows], onsets[rows], None if others is None else others[rows])
+        if anew:
+            found.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            found.append(part(*arguments))
+    values = torch.cat(found, dim=1) if found else hidden.new_zeros(4, 0)
+    moved = values.new_zeros(1, values.shape[1])
+    if drift and reference is not None and others is not None:
+        moved = _drift(policy.depth_inputs(hidden), reference.depth_inputs(others).detach())[None]
+    values = torch.cat([values.float(), moved.float()])
+    return TextScores(*torch.zeros(5, *mask.shape, device=codes.device).masked_scatter(mask, values))
+
+
+def _drift(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    distance = (ours.float() - theirs.float()).square().sum(dim=-1)
+    return distance / theirs.float().square().sum(dim=-1).clamp(min=1e-6)
