@@ -195,19 +195,27 @@ def _tune(
     import ray
     from ray import tune
 
-    class Ended(tune.Callback):
+    class Local:
+        """Tune saves its callbacks; ours live in this process alone, and nothing is ever restored from what it saves."""
+
+        def __init__(self, function: Callable) -> None:
+            self.function = function
+
+        def __getstate__(self) -> dict:
+            return {}
+
+    class Ended(Local, tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            ended(trial.config)
+            self.function(trial.config)
 
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            ended(trial.config)
+        on_trial_error = on_trial_complete
 
-    class Stopping(tune.Stopper):
+    class Stopping(Local, tune.Stopper):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            return stopping()
+            return self.function()
 
     started = not ray.is_initialized()
     if started:
@@ -225,8 +233,8 @@ def _tune(
                     storage_path=folder,
                     name="ablation",
                     verbose=0,
-                    callbacks=[Ended()],
-                    stop=Stopping(),
+                    callbacks=[Ended(ended)],
+                    stop=Stopping(stopping),
                     failure_config=tune.FailureConfig(max_failures=2),  # of a node; a trial's own are its record
                 ),
             ).fit()

@@ -6,6 +6,7 @@ which is written when an attempt has ended. A trial is finished when its folder 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def _attempt(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None
     outcome.parent.mkdir(parents=True, exist_ok=True)
     outcome.unlink(missing_ok=True)
     resumes = job.command == "train" and any((job.folder / "checkpoints").glob("step_*"))
+    if not resumes:  # an attempt that ended before its first checkpoint left nothing to go on from
+        shutil.rmtree(job.folder, ignore_errors=True)
     overrides = [f"run_dir={job.folder}"] + (["resume=true"] if resumes else [])
     if job.before is not None:
         overrides.append(f"evaluation.before={job.before}")
