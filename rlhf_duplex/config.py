@@ -119,6 +119,9 @@ class EvaluationConfig:
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
+        every: during training, also after every so many updates, on the first `every_limit` segments of each axis;
+            0 never. The figures are in metrics.jsonl under `evaluation/`, and a file each in the run folder.
+        every_limit: segments of each axis that are played during training.
     """
 
     segments: str | None = None
@@ -126,6 +129,23 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
+    every: int = 0
+    every_limit: int = 4
+
+
+@dataclass
+class LiveConfig:
+    """Live dialogues, with a user that hears the agent and reacts; see `rlhf_duplex.live`.
+
+    Attributes:
+        dialogues: different scripts to train on.
+        seconds: of each.
+        lead_in: seconds of silence before the user's first words.
+    """
+
+    dialogues: int = 64
+    seconds: float = 20.0
+    lead_in: float = 1.0
 
 
 @dataclass
@@ -181,6 +201,8 @@ class Config:
         segments: manifest to train on, or `nano` for the segments that ship with it.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
+        env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of
+            the training segments). The evaluation before and after is on recorded users either way.
         rewards: by axis, `weight`, `target` and the axis' own options.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
@@ -194,6 +216,8 @@ class Config:
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    env: str = "replay"
+    live: LiveConfig = field(default_factory=LiveConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -295,6 +319,10 @@ def check_config(config: Config) -> None:
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,
+        "evaluation.every_limit": config.evaluation.every_limit,
+        "live.dialogues": config.live.dialogues,
+        "live.seconds": config.live.seconds,
+        "live.lead_in": config.live.lead_in,
         "optimiser.learning_rate": optimiser.learning_rate,
         "optimiser.clip_norm": optimiser.clip_norm,
     }
@@ -314,6 +342,7 @@ def check_config(config: Config) -> None:
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
         "evaluation.episodes": config.evaluation.episodes,
+        "evaluation.every": config.evaluation.every,
     }
     for key, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
@@ -325,6 +354,7 @@ def check_config(config: Config) -> None:
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),
+        "env": (config.env, ("replay", "live")),
     }
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
@@ -343,6 +373,8 @@ _DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
+    "env",
+    "live",
     "trainer",
     "optimiser",
     "sampling",
