@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from rater import Rater
 
 from envs.audio import resample
 from envs.errors import InputError
-from experiments.judge.server import Handler, JudgeServer
+from experiments.judge.server import JudgeServer
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.full_duplex_bench.leaderboard import PUBLISHED, leaderboard
 from rlhf_duplex.evaluation.full_duplex_bench.samples import read_benchmark
@@ -217,17 +218,6 @@ def test_a_policy_plays_and_is_compared(tmp_path, spoken, capsys):
                     "turn_taking.takeover_rate >= 0") == 3  # fmt: skip
     assert "b fails: turn_taking.takeover_rate >= 0" in capsys.readouterr().err
     assert (tmp_path / "again.old-1" / "base.json").is_file()  # what was there is kept
-
-
-class Rater(Handler):
-    """Gives 4 to every field that allows it, else its highest but one."""
-
-    def answer(self, request, number):
-        schema = request["response_format"]["json_schema"]["schema"]["properties"]
-        answer = {name: "because" if "enum" not in form else form["enum"][-2] for name, form in schema.items()}
-        message = {"role": "assistant", "content": json.dumps(answer)}
-        self.server.asked.append(request["messages"][-1]["content"])
-        self.send(200, {"choices": [{"message": message}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
 
 @pytest.fixture
