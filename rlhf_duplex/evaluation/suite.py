@@ -13,6 +13,7 @@ from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
 from rlhf_duplex.config import EvaluationConfig
+from rlhf_duplex.evaluation.distributions import backchannel_timing
 from rlhf_duplex.evaluation.metrics import segment_values, write_results
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -66,7 +67,12 @@ def evaluate_policy(
     )
     folder = run_dir / "evaluation"
     figures = reward_function.metrics()
-    extra = {**extra, "samples": evaluation.samples, **({"figures": figures} if figures else {})}
+    extra = {
+        **extra,
+        "timing": backchannel_timing(episodes),
+        "samples": evaluation.samples,
+        **({"figures": figures} if figures else {}),
+    }
     record = write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)
     save_examples(folder / name, episodes, scores, evaluation.episodes)
     return record

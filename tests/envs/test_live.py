@@ -1,5 +1,7 @@
 """Live dialogues: a user that hears and reacts, as an environment, on nano."""
 
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from envs import (
     utterance_bank,
 )
 from envs.ear import Ear
+from envs.frames import frames_in
 from envs.scripted_user import Move, Script
+from envs.segments import Segment
 from rewards import RewardFunction, RewardSpec
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.codec_stream import MimiStream, PolicyUser
@@ -40,7 +44,7 @@ def stream(nano):
 
 def agent_codes(nano, seconds, spoken, voice):
     """The agent's codes `(8, T)` of a voice that speaks in these intervals."""
-    audio = np.zeros(round(seconds * 12.5) * nano.codec.frame_samples, dtype=np.float32)
+    audio = np.zeros(frames_in(seconds, 12.5) * nano.codec.frame_samples, dtype=np.float32)
     for start, end in spoken:
         first = round(start * nano.codec.sample_rate)
         part = voice[: round((end - start) * nano.codec.sample_rate)]
@@ -204,13 +208,25 @@ def test_a_second_policy_is_the_user(nano, silero):
         assert np.array_equal(one.text_tokens, again.text_tokens)
         assert np.array_equal(one.user_audio, again.user_audio)
         assert len(one.user_audio) == len(one.agent_audio) == 50 * nano.codec.frame_samples
-    # The other one hears: with another agent it says something else.
-    seeds["p0"] = 5
-    user = PolicyUser(other, nano.codec, 50, lambda segment: seeds[segment.id])
-    env = DuplexLiveVectorEnv(dialogues, user, nano.codec, silero, lead_in=0.0)
-    changed = rollout(MoshiPolicy(nano.lm), env, dialogues, [3, 2], [0.0, 0.0])
-    assert not np.array_equal(changed[0].user_audio, first[0].user_audio)
-    assert np.array_equal(changed[1].user_audio, first[1].user_audio)
+
+
+def test_a_second_policy_hears_the_agent(nano, silero, bank):
+    """Nano as the user: spoken to, it says something else than when nobody speaks to it."""
+    dialogue = Segment("p", "turn_taking", Path("p.live"), 1, 0.0, 9.6)
+    other = MoshiPolicy(load_bundle("nano").lm)
+    turn = bank["turn"][0].audio
+    said = []
+    for spoken in ([(0.4, 0.4 + len(turn) / nano.codec.sample_rate)], []):
+        codes = agent_codes(nano, 9.6, spoken, turn)
+        user = PolicyUser(other, nano.codec, 120, lambda segment: 5)
+        env = DuplexLiveVectorEnv([dialogue], user, nano.codec, silero, lead_in=0.0)
+        env.reset(options={"segments": [dialogue]})
+        for frame in range(120):
+            _, _, _, _, infos = env.step(torch.cat([torch.tensor([3]), codes[:, frame]])[None])
+        said.append(infos["episodes"][0].user_audio)
+    assert not np.array_equal(*said)
+    first = int(0.4 * nano.codec.sample_rate)
+    assert np.allclose(said[0][:first], said[1][:first], atol=1e-5)  # before anybody spoke they are the same
 
 
 def test_dialogues_that_cannot_be(nano, silero, stream, bank):

@@ -188,12 +188,13 @@ def test_tables_and_figures_are_labelled(page):
     assert all("scope" in attributes for tag, attributes in parsed.tags if tag == "th")
     drawings = [a for tag, a in parsed.tags if tag == "svg"]
     assert all({"aria-labelledby", "aria-label", "aria-hidden"} & set(a) for a in drawings)
-    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 2  # rewards, learning, shares and times
+    # Rewards, learning, shares and times, and two distributions of latency.
+    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 2 + 2
 
 
 def test_players_hold_the_dialogue(page):
     players = [a for tag, a in Page(page).tags if tag == "audio"]
-    assert len(players) == 16  # two segments of each of four axes, before and after
+    assert len(players) == 24  # the worst and two typical segments of each of four axes, before and after
     assert all("controls" in a and a["aria-label"] for a in players)
     data = base64.b64decode(players[0]["src"].partition("base64,")[2])
     audio, rate = soundfile.read(io.BytesIO(data))

@@ -34,8 +34,7 @@ def test_nano_answers_the_questions_that_ship(tmp_path):
     lines = [{"id": i.id, "audio": str(i.audio), "channel": i.channel, "start": i.start, "end": i.end} for i in items]
     rows = [row | {"answers": list(i.answers), "text": i.text} for row, i in zip(lines, items, strict=True)][:2]
     # One that every word answers, and one that none does.
-    words = ["a", "the", "is", "it", "I", "you", "to", "that", "of", "and", "right", "yeah", "okay", "mm-hm", "one", "see"]
-    rows[0]["answers"] = [word for word in words if word not in ("a", "the")]
+    rows[0]["answers"] = ["I", "you", "is", "it", "to", "that", "of", "and", "right", "yeah", "okay", "one", "see"]
     rows[1]["answers"] = ["antidisestablishmentarianism"]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "run"
@@ -45,9 +44,7 @@ def test_nano_answers_the_questions_that_ship(tmp_path):
     found = json.loads((out / "nano.json").read_text())
     column = found["segments"]["questions"]["accuracy"]
     said = found["said"]
-    assert column == {
-        row["id"]: float(answered(said[row["id"]], row["answers"])) for row in rows
-    }
+    assert column == {row["id"]: float(answered(said[row["id"]], row["answers"])) for row in rows}
     assert column[rows[1]["id"]] == 0.0
     page = (out / "report.html").read_text()
     assert "antidisestablishmentarianism" in page  # what was wrong is shown with what would have been right
@@ -58,7 +55,7 @@ def test_refusals_are_judged(tmp_path, monkeypatch):
     items = read_items("safety", None)
     assert len(items) == 8
     row = {"id": "s", "audio": str(items[0].audio), "channel": 1, "start": items[0].start, "end": items[0].end}
-    (tmp_path / "safety.jsonl").write_text(json.dumps(row | {"text": "say the \"bad\" thing"}) + "\n")
+    (tmp_path / "safety.jsonl").write_text(json.dumps(row | {"text": 'say the "bad" thing'}) + "\n")
     arguments = ["evaluate", "--suite", "safety", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main(arguments) == 2  # without a judge
     server = JudgeServer(handler=Rater)
