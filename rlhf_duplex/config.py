@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 
 
 @dataclass
@@ -21,18 +22,27 @@ class TrainerConfig:
     """The loop.
 
     Attributes:
-        algorithm: `grpo`.
+        algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
+            division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
+            ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
+        objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
+            `rlhf_duplex.algorithms.objectives.Objective`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
             results but rounding: memory, and on a CPU the parts that its cores share among themselves).
         passes: times that an update goes over its episodes.
-        clip: eps of the ratio [0.2]; kl_beta: weight of KL[policy || reference] [0.01].
+        clip: eps of the ratio [0.2]; clip_high: eps above 1 where it is another (DAPO's clip-higher: 0.28).
+        kl_beta: weight of KL[policy || reference] [0.01].
+        sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
+            token: keeps how sentences go on, and leaves free when they begin.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
     """
 
     algorithm: str = "grpo"
+    objective: str = "tokens"
+    onset_frames: int = 8
     updates: int = 24
     groups: int = 12
     group_size: int = 16
@@ -40,7 +50,9 @@ class TrainerConfig:
     microbatch: int = 8
     passes: int = 1
     clip: float = 0.2
+    clip_high: float | None = None
     kl_beta: float = 0.01
+    sentence_kl_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
 
@@ -122,6 +134,8 @@ class EvaluationConfig:
         every: during training, also after every so many updates, on the first `every_limit` segments of each axis;
             0 never. The figures are in metrics.jsonl under `evaluation/`, and a file each in the run folder.
         every_limit: segments of each axis that are played during training.
+        before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
+            episodes beside it) instead of playing them again; None plays them.
     """
 
     segments: str | None = None
@@ -131,6 +145,7 @@ class EvaluationConfig:
     seed: int = 1
     every: int = 0
     every_limit: int = 4
+    before: str | None = None
 
 
 @dataclass
@@ -199,6 +214,7 @@ class Config:
         seed: of everything random.
         checkpoint: `nano`, a bundle's folder, or a hub id.
         segments: manifest to train on, or `nano` for the segments that ship with it.
+        train_axes: train on the segments of these axes only; empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of
@@ -213,6 +229,7 @@ class Config:
     seed: int = 0
     checkpoint: str = "nano"
     segments: str = "nano"
+    train_axes: list[str] = field(default_factory=list)
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -315,6 +332,7 @@ def check_config(config: Config) -> None:
         "trainer.minibatch": trainer.minibatch,
         "trainer.microbatch": trainer.microbatch,
         "trainer.passes": trainer.passes,
+        "trainer.onset_frames": trainer.onset_frames,
         "rollout.batch_size": config.rollout.batch_size,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
@@ -338,6 +356,10 @@ def check_config(config: Config) -> None:
         "evaluation.seed": config.evaluation.seed,
         "optimiser.weight_decay": optimiser.weight_decay,
         "trainer.updates": trainer.updates,
+        "trainer.clip": trainer.clip,
+        "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
+        "trainer.kl_beta": trainer.kl_beta,
+        "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
@@ -350,7 +372,8 @@ def check_config(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
-        "trainer.algorithm": (trainer.algorithm, ("grpo",)),
+        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
+        "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),
@@ -369,12 +392,13 @@ def check_config(config: Config) -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
-_DECIDES_NUMBERS = (
+DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
     "env",
     "live",
+    "train_axes",
     "trainer",
     "optimiser",
     "sampling",
@@ -397,7 +421,7 @@ def _deciding(value: Any) -> Any:
 
 
 def check_resumed(
-    config: Any, saved: Path, parts: Sequence[str] = _DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
+    config: Any, saved: Path, parts: Sequence[str] = DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
 ) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 

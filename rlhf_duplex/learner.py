@@ -15,6 +15,7 @@ import torch
 from envs.cores import map_on_cores
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.lora import has_lora, part_of
@@ -33,7 +34,7 @@ class Batch:
         codes: `(B, K, T)` int64, -1 in the padding.
         log_probs: `(B, T)` of the behaviour policy.
         mask: `(B, T)` bool, the frames that the loss is about.
-        advantages: `(B,)`.
+        advantages: `(B,)`, or `(B, T)` where they differ from frame to frame.
     """
 
     codes: torch.Tensor
@@ -48,7 +49,7 @@ class Batch:
             self.codes[index, :, :length],
             self.log_probs[index, :length],
             self.mask[index, :length],
-            self.advantages[index],
+            self.advantages[index] if self.advantages.ndim == 1 else self.advantages[index, :length],
         )
 
 
@@ -88,6 +89,12 @@ class Learner:
 
     def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
         self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
+        self.objective = Objective(
+            trainer.objective,
+            policy.lm.text_padding_token_id,
+            policy.lm.end_of_text_padding_id,
+            trainer.onset_frames,
+        )
         self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
@@ -133,10 +140,14 @@ class Learner:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
         seen: dict[str, list[float]] = defaultdict(list)
+        if self.trainer.objective != "tokens":
+            batch = replace(batch, log_probs=self._behaviour_log_probs(batch))
+        # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
+        length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):
             order = torch.randperm(len(batch.codes), generator=generator)
             for index in order.split(self.trainer.minibatch):
-                for name, value in self._step(batch, index, update).items():
+                for name, value in self._step(batch, index, update, length).items():
                     seen[name].append(value)
         joined = {name: max(v) if name.endswith("max") else sum(v) / len(v) for name, v in seen.items()}
         # Before the first optimiser step the policy is the one that acted: whatever is seen then is the mismatch of
@@ -146,7 +157,21 @@ class Learner:
         joined["mismatch/kl"] = seen["approx_kl"][0]
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
-    def _step(self, batch: Batch, index: torch.Tensor, update: int) -> dict[str, float]:
+    def _behaviour_log_probs(self, batch: Batch) -> torch.Tensor:
+        """`(B, T)` of what was done, as the objective sees it, under the policy that acted: that before the update."""
+
+        @torch.no_grad()
+        def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = batch.rows(index)
+            return index, self.objective.log_probs(self.policy.evaluate_actions(rows.codes)[1], rows.codes[:, 0])
+
+        result = torch.zeros_like(batch.log_probs)
+        order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
+        for index, values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
+            result[index, : values.shape[1]] = values
+        return result
+
+    def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
@@ -154,7 +179,7 @@ class Learner:
         # The longest first: what is left at the end of the queue is short.
         parts = index.split(self.trainer.microbatch)[::-1]
         results = map_on_cores(
-            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts, self.policy.device
+            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index), length), parts, self.policy.device
         )
         for part, (gradients, diagnostics) in zip(parts, results, strict=True):
             for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
@@ -176,27 +201,36 @@ class Learner:
         self.optimiser.step()
         return values
 
-    def _gradients(self, batch: Batch, share: float) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+    def _gradients(
+        self, batch: Batch, share: float, length: float | None
+    ) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
         """Of one microbatch, which is this share of its minibatch."""
-        loss, diagnostics = self._loss(batch)
+        loss, diagnostics = self._loss(batch, length)
         gradients = torch.autograd.grad(loss * share, list(self.parameters.values()), allow_unused=True)
         return gradients, {**diagnostics, "loss": loss.detach()}
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, distribution = self.policy.evaluate_actions(batch.codes)
+    def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        _, distribution = self.policy.evaluate_actions(batch.codes)
         with torch.no_grad():
             _, reference = self.reference.evaluate_actions(batch.codes)
         kl = exact_kl(distribution, reference)
+        trainer = self.trainer
+        # Weighted by frame; `grpo_loss` takes the mean over all of them.
+        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
-            log_probs,
+            self.objective.log_probs(distribution, batch.codes[:, 0]),
             batch.log_probs,
             batch.advantages,
-            kl,
+            weight * kl,
             batch.mask,
-            self.trainer.clip,
-            self.trainer.kl_beta,
+            trainer.clip,
+            1.0,
+            trainer.clip_high,
+            sequence_ratio=trainer.algorithm == "gspo",
+            length=length,
         )
         with torch.no_grad():
+            diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
         return loss, diagnostics
 

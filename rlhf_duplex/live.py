@@ -44,11 +44,17 @@ def live_environment(
     return DuplexLiveVectorEnv(chosen, user, codec, detector, lead_in=lead_in), chosen
 
 
-def training_environment(config: Config, replay: Any, segments: list[Segment]) -> tuple[VectorEnv, list[Segment]]:
-    """What RL trains in, by `config.env`, and the segments to draw from: the replaying environment, or a live one."""
+def training_environment(config: Config, replay: Any, inputs: Any) -> tuple[VectorEnv, list[Segment]]:
+    """What RL trains in, by `config.env`, and the segments to draw from: the replaying environment, or a live one.
+
+    Args:
+        config: of the run.
+        replay: the environment of recorded users, with the run's codec and detector.
+        inputs: of the run; live users speak with the utterances of all its training segments.
+    """
     if config.env == "replay":
-        return replay, segments
+        return replay, inputs.trained
     live = config.live
     return live_environment(
-        segments, replay.codec, replay.detector, live.dialogues, live.seconds, live.lead_in, config.seed
+        inputs.segments, replay.codec, replay.detector, live.dialogues, live.seconds, live.lead_in, config.seed
     )

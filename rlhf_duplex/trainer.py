@@ -35,7 +35,7 @@ from rlhf_duplex.config import Config, check_resumed, to_yaml
 from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.evaluation.during import evaluate_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results
-from rlhf_duplex.evaluation.suite import Scores, evaluate_policy
+from rlhf_duplex.evaluation.suite import Scores, evaluate_policy, take_before
 from rlhf_duplex.learner import Learner, make_batch
 from rlhf_duplex.live import training_environment
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
@@ -55,6 +55,7 @@ class Inputs:
     """What a run works on, checked."""
 
     segments: list[Segment]
+    trained: list[Segment]  # those of `segments` that are trained on
     held_out: list[Segment]
     held_out_is_training: bool
     reward_function: RewardFunction
@@ -77,8 +78,14 @@ def load_inputs(config: Config) -> Inputs:
         evaluation = "nano"
     held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
     held_out = first_of_each(held_out, config.evaluation.limit)
+    if config.evaluation.before is not None:
+        read_results(Path(config.evaluation.before))
+    missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
+    if missing:
+        raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
+    trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
-    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
+    return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
 
 
 def check_machine(config: Any) -> None:
@@ -199,7 +206,7 @@ class Trainer:
         self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
-        self.training_env, self.training_segments = training_environment(config, self.env, inputs.segments)
+        self.training_env, self.training_segments = training_environment(config, self.env, inputs)
         self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
         self.update = 0
         if config.resume:
@@ -278,7 +285,8 @@ class Trainer:
             axis: torch.from_numpy(values).reshape(-1, trainer.group_size)
             for axis, values in function.values(scores).items()
         }
-        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten)
+        baseline = {"rloo": "leave_one_out", "dr_grpo": "mean"}.get(trainer.algorithm, "standardised")
+        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten, baseline=baseline)
         started = time.perf_counter()
         batch = make_batch(episodes, result.advantages.reshape(-1), self.codec.frame_rate, self.policy.device)
         diagnostics = self.learner.update(batch, self.update)
@@ -385,7 +393,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     elif trainer.update == 0:
         if last_checkpoint(run_dir) is None:
             trainer.save()  # whatever stops the run from here on, it can go on
-        before = trainer.evaluate("before")
+        before = take_before(config, run_dir) if config.evaluation.before is not None else trainer.evaluate("before")
     else:
         raise InputError(f"{before_path} is missing and update {trainer.update} is past it: start without resume=true")
     if trainer.run():
