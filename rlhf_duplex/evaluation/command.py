@@ -69,6 +69,7 @@ def run_command(options: argparse.Namespace) -> int:
     options.compatible = bool(compatible) and compatible[-1] == "compatible=true"
     if options.compatible and options.suite != "fdb-v1":
         raise InputError("compatible=true is of --suite fdb-v1: only its official scripts have faults to reproduce")
+    _check_suite(options)
     if (options.judge_url is None) != (options.judge_model is None):
         raise InputError("a judge needs --judge-url and --judge-model")
     config = load_config(path, overrides)
@@ -79,13 +80,36 @@ def run_command(options: argparse.Namespace) -> int:
     return _gate(conditions, results, baseline)
 
 
-def _heldout(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+# Of the suites, those that an option means something to.
+_BENCHMARKS, _NOT_HELD_OUT = ("fdb-v1", "fdb-v1.5"), SUITES[1:]
+_OF_SUITES = {
+    "data": _NOT_HELD_OUT,
+    "out": _NOT_HELD_OUT,
+    "checkpoint": _NOT_HELD_OUT,
+    "outputs": _BENCHMARKS,
+    "human": ("fdb-v1",),
+    "asr": (*_BENCHMARKS, "questions", "safety"),
+    "judge_url": (*_BENCHMARKS, "live", "safety"),
+    "mos": (*_BENCHMARKS, "live"),
+}
+
+
+def _check_suite(options: argparse.Namespace) -> None:
+    """Options that would be without effect are a misunderstanding."""
     from envs.errors import InputError
+
+    for name, suites in _OF_SUITES.items():
+        if getattr(options, name) and options.suite not in suites:
+            hint = "" if options.suite != "heldout" else "; heldout takes checkpoint=... run_dir=... as arguments"
+            raise InputError(
+                f"--{name.replace('_', '-')} is of --suite {' and '.join(suites)}, not of {options.suite}{hint}"
+            )
+
+
+def _heldout(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     from rlhf_duplex import trainer
     from rlhf_duplex.evaluation.metrics import read_results
 
-    if options.outputs or options.checkpoint or options.data:
-        raise InputError("--suite heldout takes checkpoint=... and evaluation.segments=...: choose another --suite")
     return {Path(config.run_dir).name: read_results(trainer.evaluate(config))}
 
 
@@ -141,8 +165,6 @@ def _spoken(options: argparse.Namespace, config: Any, systems: Any, out: Path, c
     from envs.speech import make_detector
     from rlhf_duplex.evaluation.spoken import run_spoken
 
-    if options.outputs:
-        raise InputError(f"--outputs is of the benchmarks: --suite {options.suite} plays checkpoints")
     judge = judge_config(options)
     if options.suite == "safety" and judge is None:
         raise InputError("--suite safety needs a judge: give --judge-url and --judge-model")
@@ -154,12 +176,10 @@ def _spoken(options: argparse.Namespace, config: Any, systems: Any, out: Path, c
 
 
 def _live(options: argparse.Namespace, config: Any, systems: Any, out: Path, console: Any) -> dict[str, Any]:
-    from envs.errors import InputError
     from rlhf_duplex.evaluation.live import run_live
 
-    if options.outputs:
-        raise InputError("--outputs is of the benchmarks: --suite live plays checkpoints")
-    results = run_live(options.data, lambda: prepare_out(out), systems, config, console, judge_config(options))
+    judge, quality = judge_config(options), _quality(options)
+    results = run_live(options.data, lambda: prepare_out(out), systems, config, console, judge, quality)
     return finish(out, results, console)
 
 

@@ -15,6 +15,8 @@ from rewards.judge import Field, Judge, JudgeConfig, Question, Rubric
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.cases import Case, save_cases, worst_first
 from rlhf_duplex.evaluation.metrics import SegmentValues, write_results
+from rlhf_duplex.evaluation.speech_quality import Predictor, predict_quality
+from rlhf_duplex.evaluation.statistics import segment_means
 from rlhf_duplex.evaluation.systems import System, load_policy
 from rlhf_duplex.live import live_environment
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -39,6 +41,7 @@ def run_live(
     config: Config,
     console: Console,
     judge_options: JudgeConfig | None = None,
+    quality: Predictor | None = None,
 ) -> dict[str, Any]:
     """Play live dialogues to every system; writes `NAME.json` and the worst dialogues, gives the results by name.
 
@@ -49,6 +52,7 @@ def run_live(
         prepare: makes the run folder, once everything else is known to be right.
         systems, config: who talks, and how.
         judge_options: of a judge of the words, where there is one.
+        quality: predicts how the agent sounds, where there is one.
 
     Raises:
         InputError: what is wrong, before a model is loaded.
@@ -92,6 +96,9 @@ def run_live(
         }
         if judge is not None:
             extra["judge"] = {"model": judge.config.model}
+        if quality is not None:
+            extra["speech_quality"] = quality.name
+            values |= _quality(quality, episodes, detector)
         save_cases(out / "cases" / system.name, worst_first(_cases(episodes), 4))
         results[system.name] = write_results(out / f"{system.name}.json", values, extra)
     if judge is not None:
@@ -124,6 +131,13 @@ def _judge(judge: Judge, episodes: Sequence[Episode]) -> dict[str, dict[str, flo
             for name, score in verdict.scores.items():
                 found.setdefault(f"judged_{name}", {})[episode.segment.id] = float(score)
     return found
+
+
+def _quality(predictor: Predictor, episodes: Sequence[Episode], detector: SileroDetector) -> SegmentValues:
+    audio, rates = [e.agent_audio for e in episodes], [e.sample_rate for e in episodes]
+    found = zip(episodes, predict_quality(predictor, audio, rates, detector), strict=True)
+    scored = [(e.segment.id, score) for e, score in found if score is not None]
+    return {"speech_quality": {"mos": segment_means([s for _, s in scored], [i for i, _ in scored])}} if scored else {}
 
 
 def _cases(episodes: Sequence[Episode]) -> list[Case]:

@@ -329,7 +329,8 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, change, message):
         (("--suite", "fdb-v1", "--judge-url", "http://localhost:1/v1"), "needs --judge-url and --judge-model"),
         (("--suite", "fdb-v1", "--data", ".", "--checkpoint", "a=nano", "--checkpoint", "a=nano"), "two systems"),
         (("--suite", "fdb-v1", "--data", ".", "--outputs", "nowhere"), "--outputs nowhere does not exist"),
-        (("--data", "."), "choose another --suite"),
+        (("--data", "."), "not of heldout; heldout takes checkpoint="),
+        (("--suite", "live", "--outputs", "."), "--outputs is of --suite fdb-v1 and fdb-v1.5, not of live"),
         (("--fail-if", "latency"), "is no condition"),
     ],
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from envs.errors import InputError
+from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.gate import failures, parse_condition
 from rlhf_duplex.evaluation.metrics import axis_metrics
 
@@ -81,3 +82,19 @@ def test_conditions_that_cannot_be_asked(text, message):
 def test_neither_direction_is_worse():
     with pytest.raises(InputError, match="neither direction is worse"):
         fails("backchannel.frequency worse", result(latency=[0.1]), result(latency=[0.1]))
+
+
+def test_gate_of_the_held_out_suite(tmp_path, capsys):
+    """The whole command on nano: closed with code 3 and a reason, open with code 0, and against itself."""
+    arguments = ["evaluate", "checkpoint=nano", "evaluation.limit=1", "context.lead_in=0.4", "evaluation.episodes=1"]
+    gate = ["--fail-if", "turn_taking.takeover_rate >= 0", "--fail-if", "turn_taking.takeover_rate > 1"]
+    assert main([*arguments, f"run_dir={tmp_path / 'one'}", *gate]) == 3
+    error = capsys.readouterr().err
+    assert "one fails: turn_taking.takeover_rate >= 0: turn_taking.takeover_rate is" in error
+    assert "> 1" not in error
+    baseline = ["--baseline", str(tmp_path / "one" / "evaluation" / "before.json")]
+    worse = ["--fail-if", "turn_taking.takeover_rate worse"]
+    assert main([*arguments, f"run_dir={tmp_path / 'two'}", *baseline, *worse]) == 0
+    assert "1 condition(s) of --fail-if pass" in capsys.readouterr().out
+    assert main([*arguments, f"run_dir={tmp_path / 'three'}", *worse]) == 2  # nothing was played for it
+    assert not (tmp_path / "three").exists()

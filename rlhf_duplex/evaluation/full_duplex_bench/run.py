@@ -20,11 +20,13 @@ from rlhf_duplex.evaluation.full_duplex_bench.play import play_benchmark, transc
 from rlhf_duplex.evaluation.full_duplex_bench.samples import Sample, read_benchmark, read_output
 from rlhf_duplex.evaluation.full_duplex_bench.score import (
     estimates,
+    hear_outputs,
     official_figures,
     read_human_timing,
     read_outputs,
     score_v1,
     score_v15,
+    timing_of,
 )
 from rlhf_duplex.evaluation.full_duplex_bench.worst import worst_cases
 from rlhf_duplex.evaluation.metrics import SegmentValues, write_results
@@ -139,8 +141,11 @@ def _score(
     if benchmark.suite == "fdb-v1.5":
         values = score_v15(samples, root, words, detector, judge)
     else:
-        corrected = score_v1(samples, root, words, human, detector, judge)
-        official = score_v1(samples, root, words, human, detector, None, compatible=True)
+        heard = hear_outputs(samples, root, detector)
+        corrected = score_v1(samples, words, heard, human, judge)
+        faulty = hear_outputs(samples, root, detector, compatible=True)
+        official = score_v1(samples, words, faulty, human, compatible=True)
+        extra["timing"] = timing_of(heard, human)
         if rating := corrected.get("user_interruption", {}).get("rating"):
             official["user_interruption"]["rating"] = rating
         values, other = (official, corrected) if benchmark.compatible else (corrected, official)

@@ -7,8 +7,9 @@ from typing import Any
 
 from envs.episode import Word
 from envs.errors import InputError
-from envs.speech import SileroDetector
+from envs.speech import Interval, SileroDetector
 from rewards.judge import Judge
+from rlhf_duplex.evaluation.distributions import position_shares
 from rlhf_duplex.evaluation.full_duplex_bench import judged, metrics
 from rlhf_duplex.evaluation.full_duplex_bench.overlap import overlap_metrics, speech_at_16k
 from rlhf_duplex.evaluation.full_duplex_bench.samples import Sample, read_json, read_output, read_words
@@ -74,27 +75,55 @@ def _key(sample: Sample) -> str:
     return f"{sample.name}{'-clean' if sample.clean else ''}"
 
 
+Heard = Mapping[str, tuple[Sequence[Interval], float]]
+
+
+def hear_outputs(
+    samples: Sequence[Sample], root: Path, detector: SileroDetector, compatible: bool = False
+) -> dict[str, tuple[list[Interval], float]]:
+    """Silero's intervals in `output.wav` and its seconds, for every sample of backchannel, by the sample's name.
+
+    Args:
+        samples, root: of a benchmark and a system.
+        detector: `metrics.benchmark_detector()`.
+        compatible: with the official script's fault of the sample rate.
+    """
+    heard = {}
+    for sample in samples:
+        if sample.base == "backchannel":
+            audio, rate = read_output(sample.outputs(root)[0])
+            speech = metrics.official_speech(audio, rate, detector, compatible)
+            heard[sample.name] = (speech, len(audio) / rate)
+    return heard
+
+
 def score_v1(
     samples: Sequence[Sample],
-    root: Path,
     words: Mapping[str, Sequence[Word]],
+    heard: Heard,
     human: Mapping[str, Sequence[float]] | None,
-    detector: SileroDetector,
     judge: Judge | None = None,
     compatible: bool = False,
 ) -> SegmentValues:
     """By task and metric, the value of each sample.
 
     Args:
-        samples, root, words: of the benchmark and of the system.
+        samples, words: of the benchmark and of the system.
+        heard: `hear_outputs`, with the fault or without it.
         human: people's backchannel timing by sample id; without it there is no `jsd`.
-        detector: `metrics.benchmark_detector()`.
         judge: rates interruptions; without one there is no `rating`.
         compatible: with the official scripts' faults.
     """
     values: SegmentValues = {}
     for sample in samples:
-        for metric, value in _v1(sample, root, words[_key(sample)], human, detector, compatible).items():
+        said = words[_key(sample)]
+        if sample.base == "backchannel":
+            speech, seconds = heard[sample.name]
+            people = None if human is None else human.get(sample.id)
+            found = metrics.backchannel(speech, said, seconds, people, compatible)
+        else:
+            found = _v1(sample, said)
+        for metric, value in found.items():
             values.setdefault(sample.task, {}).setdefault(metric, {})[sample.name] = value
     if judge is not None and "user_interruption" in values:
         rated = judged.ratings(judge, samples, words)
@@ -103,25 +132,29 @@ def score_v1(
     return values
 
 
-def _v1(
-    sample: Sample,
-    root: Path,
-    words: Sequence[Word],
-    human: Mapping[str, Sequence[float]] | None,
-    detector: SileroDetector,
-    compatible: bool,
-) -> dict[str, float]:
-    if sample.base == "backchannel":
-        audio, rate = read_output(sample.outputs(root)[0])
-        speech = metrics.official_speech(audio, rate, detector, compatible)
-        people = None if human is None else human.get(sample.id)
-        return metrics.backchannel(speech, words, len(audio) / rate, people, compatible)
+def _v1(sample: Sample, words: Sequence[Word]) -> dict[str, float]:
     if sample.base == "pause_handling":
         return metrics.pause_handling(words)
     assert sample.event is not None  # `read_benchmark` requires it
     if sample.base == "turn_taking":
         return metrics.turn_taking(words, sample.event.start)
     return metrics.user_interruption(words, sample.event.end)
+
+
+def timing_of(heard: Heard, human: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
+    """Shares over the length of the samples, for drawing: of the agent's short intervals, and of people's."""
+    places = [
+        (interval.start + interval.end) / 2 / seconds
+        for speech, seconds in heard.values()
+        for interval in speech
+        if interval.duration <= metrics.LONG_SECONDS
+    ]
+    rows = (
+        [] if human is None else [human[name.rpartition("/")[2]] for name in heard if name.rpartition("/")[2] in human]
+    )
+    positions = [(index + 0.5) / len(row) for row in rows for index in range(len(row))]
+    weights = [share / sum(row) if sum(row) else 0.0 for row in rows for share in row]
+    return {"agent": position_shares(places), "human": position_shares(positions, weights)}
 
 
 def official_figures(values: SegmentValues) -> dict[str, dict[str, float | None]]:
