@@ -154,7 +154,7 @@ class LiveConfig:
 
     Attributes:
         dialogues: different scripts to train on.
-        seconds: of each.
+        seconds: of each, in training and in `evaluate --suite live`.
         lead_in: seconds of silence before the user's first words.
     """
 

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
             runs[name] = given or train(arguments, kind, seed, arguments.out / name)
     checkpoints = [f"base={arguments.checkpoint}", *(f"{name}={last_checkpoint(path)}" for name, path in runs.items())]
     limit = 2 if arguments.tiny else arguments.dialogues
-    config = load_config(None, [f"evaluation.limit={limit}"])
+    config = load_config(None, [f"evaluation.limit={limit}", f"live.seconds={6 if arguments.tiny else 30}"])
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = run_live(None, lambda: arguments.out, parse_systems(checkpoints), config, console)
     record = {"seeds": list(arguments.seeds), "dialogues": limit, "comparisons": comparisons(results, arguments.seeds)}

@@ -21,7 +21,7 @@ from rlhf_duplex.evaluation.systems import System, load_policy
 from rlhf_duplex.live import live_environment
 from rlhf_duplex.rollout import episode_seed, rollout
 
-DIALOGUES, SECONDS = 32, 30.0
+DIALOGUES = 32
 
 RUBRIC = Rubric(
     "live_dialogue",
@@ -50,7 +50,7 @@ def run_live(
     Args:
         data: manifest of the segments whose users' utterances are spoken; None for nano's held-out ones.
         prepare: makes the run folder, once everything else is known to be right.
-        systems, config: who talks, and how.
+        systems, config: who talks, and how: `live.seconds` a dialogue, `evaluation.limit` dialogues (32 where it is 0).
         judge_options: of a judge of the words, where there is one.
         quality: predicts how the agent sounds, where there is one.
 
@@ -72,12 +72,14 @@ def run_live(
     results = {}
     for system in systems:
         policy, codec = load_policy(system, config)
-        lead_in, seed = config.live.lead_in, config.evaluation.seed
+        lead_in, seconds, seed = config.live.lead_in, config.live.seconds, config.evaluation.seed
         count = config.evaluation.limit or DIALOGUES
-        env, dialogues = live_environment(segments, codec, detector, count, SECONDS, lead_in, seed)
+        env, dialogues = live_environment(segments, codec, detector, count, seconds, lead_in, seed)
         chosen = [dialogue for dialogue in dialogues for _ in range(config.evaluation.samples)]
         seeds = [episode_seed(seed, i, sample) for i in range(count) for sample in range(config.evaluation.samples)]
-        with progress(console, f"talking with {system.name}", len(chosen) * (SECONDS + lead_in) * 12.5) as advance:
+        with progress(
+            console, f"talking with {system.name}", len(chosen) * (seconds + lead_in) * codec.frame_rate
+        ) as advance:
             size = min(config.rollout.batch_size, 32)
             episodes = rollout(policy, env, chosen, seeds, [0.0] * len(chosen), batch_size=size, on_frame=advance)
         values = live_values(episodes)
@@ -90,7 +92,7 @@ def run_live(
             "checkpoint": system.checkpoint,
             "lead_in_seconds": lead_in,
             "samples": len(episodes),
-            "seconds": SECONDS,
+            "seconds": seconds,
             "user": "scripted",
             "data": "nano" if data is None else str(data),
         }
