@@ -1,6 +1,7 @@
 """`rlhf-duplex evaluate`: its arguments, its suites, and its exit code."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ HELP = """examples:
   rlhf-duplex evaluate --suite live --checkpoint base=nano --checkpoint rl=runs/quickstart
   rlhf-duplex evaluate --suite questions --checkpoint nano
   rlhf-duplex evaluate --suite safety --checkpoint nano --judge-url http://localhost:8000/v1 --judge-model MODEL"""
+_MARK = ".evaluation"  # in a run folder of this command: it may be moved aside
 SUITES = ("heldout", "fdb-v1", "fdb-v1.5", "live", "questions", "safety")
 
 
@@ -124,11 +126,12 @@ def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> 
     check_machine(config)
     systems = parse_systems(chosen, options.outputs)
     out = options.out or Path("runs") / options.suite
+    prepare = functools.partial(prepare_out, out, _read_by(options, systems))
     run = {"fdb-v1": _benchmark, "fdb-v1.5": _benchmark, "live": _live, "questions": _spoken, "safety": _spoken}
-    return run[options.suite](options, config, systems, out, console)
+    return finish(out, run[options.suite](options, config, systems, prepare, console), console)
 
 
-def _benchmark(options: argparse.Namespace, config: Any, systems: Any, out: Path, console: Any) -> dict[str, Any]:
+def _benchmark(options: argparse.Namespace, config: Any, systems: Any, prepare: Any, console: Any) -> dict[str, Any]:
     from envs.errors import InputError
     from envs.speech import make_detector
     from rlhf_duplex.evaluation.full_duplex_bench.run import Benchmark, run_benchmark
@@ -140,7 +143,7 @@ def _benchmark(options: argparse.Namespace, config: Any, systems: Any, out: Path
     benchmark = Benchmark(
         options.suite,
         options.data,
-        prepare_out(out),
+        options.out or Path("runs") / options.suite,
         systems,
         options.compatible,
         options.asr,
@@ -148,8 +151,7 @@ def _benchmark(options: argparse.Namespace, config: Any, systems: Any, out: Path
         judge_config(options),
         quality,
     )
-    results = run_benchmark(benchmark, config, detector, console)
-    return finish(out, results, console)
+    return run_benchmark(benchmark, prepare, config, detector, console)
 
 
 def _quality(options: argparse.Namespace) -> Any:
@@ -160,7 +162,7 @@ def _quality(options: argparse.Namespace) -> Any:
     return load_predictor()
 
 
-def _spoken(options: argparse.Namespace, config: Any, systems: Any, out: Path, console: Any) -> dict[str, Any]:
+def _spoken(options: argparse.Namespace, config: Any, systems: Any, prepare: Any, console: Any) -> dict[str, Any]:
     from envs.errors import InputError
     from envs.speech import make_detector
     from rlhf_duplex.evaluation.spoken import run_spoken
@@ -169,18 +171,14 @@ def _spoken(options: argparse.Namespace, config: Any, systems: Any, out: Path, c
     if options.suite == "safety" and judge is None:
         raise InputError("--suite safety needs a judge: give --judge-url and --judge-model")
     detector = make_detector(config.detector.name, **config.detector.options)
-    results = run_spoken(
-        options.suite, options.data, lambda: prepare_out(out), systems, config, detector, console, judge, options.asr
-    )
-    return finish(out, results, console)
+    return run_spoken(options.suite, options.data, prepare, systems, config, detector, console, judge, options.asr)
 
 
-def _live(options: argparse.Namespace, config: Any, systems: Any, out: Path, console: Any) -> dict[str, Any]:
+def _live(options: argparse.Namespace, config: Any, systems: Any, prepare: Any, console: Any) -> dict[str, Any]:
     from rlhf_duplex.evaluation.live import run_live
 
     judge, quality = judge_config(options), _quality(options)
-    results = run_live(options.data, lambda: prepare_out(out), systems, config, console, judge, quality)
-    return finish(out, results, console)
+    return run_live(options.data, prepare, systems, config, console, judge, quality)
 
 
 def judge_config(options: argparse.Namespace) -> Any:
@@ -196,27 +194,41 @@ def judge_config(options: argparse.Namespace) -> Any:
     return JudgeConfig(options.judge_url, options.judge_model, key_variable=options.judge_key_variable)
 
 
-def prepare_out(out: Path) -> Path:
-    """The run folder, made and writable; one with results in it is kept as `NAME.old-1` (or the next number).
+def prepare_out(out: Path, used: Sequence[Path] = ()) -> Path:
+    """The run folder, made and writable; the one of an earlier evaluation is kept as `NAME.old-1` (or the next number).
+
+    Args:
+        out: the folder.
+        used: what the evaluation reads; none of it may lie in the folder.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, holds something else, or what the evaluation reads.
     """
     from envs.errors import InputError
 
+    inside = [path for path in used if path.resolve().is_relative_to(out.resolve())]
+    if inside:
+        raise InputError(f"{inside[0]} lies in the run folder {out}: choose another with --out")
     try:
-        if out.is_dir() and any(out.glob("*.json")):
+        if out.is_dir() and any(out.iterdir()):
+            if not (out / _MARK).is_file():
+                raise InputError(f"{out} holds something else than an evaluation: choose another folder with --out")
             number = 1
             while (old := out.with_name(f"{out.name}.old-{number}")).exists():
                 number += 1
             os.rename(out, old)
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        (out / _MARK).write_text("made by rlhf-duplex evaluate\n")
     except OSError as error:
         raise InputError(f"run folder {out} cannot be written ({error}): choose another with --out") from error
     return out
+
+
+def _read_by(options: argparse.Namespace, systems: Any) -> list[Path]:
+    """Folders and files that an evaluation reads."""
+    paths = [options.data, options.human, options.baseline, *(system.outputs for system in systems)]
+    checkpoints = [Path(system.checkpoint) for system in systems if system.checkpoint]
+    return [path for path in paths if path is not None] + [path for path in checkpoints if path.exists()]
 
 
 def finish(out: Path, results: Mapping[str, Any], console: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from envs.files import write_text
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.metrics import change, direction, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
-from rlhf_duplex.report.distributions import distribution_charts
+from rlhf_duplex.report.distributions import distribution_charts, during_charts
 from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered
 from rlhf_duplex.report.preference import preference_charts, preference_rows
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
@@ -67,6 +67,7 @@ def build_report(run_dir: Path) -> Path:
         axes=_rows(results),
         has_after=results["after"] is not None,
         reward_charts=_reward_charts(updates),
+        during_charts=during_charts(updates),
         preference_charts=preference_charts(updates),
         preference_rows=preference_rows(updates),
         learning_charts=_learning_charts(updates),

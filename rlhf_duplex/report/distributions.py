@@ -1,4 +1,4 @@
-"""Distributions as inline SVG: step curves over bins, one a system, told apart by dash as well as by colour."""
+"""Distributions, and what was measured during training, as inline SVG; curves are told apart by dash, too."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,6 +47,21 @@ def distribution_charts(results: Mapping[str, Mapping[str, Any]], prefix: str = 
         steps = {name: _steps(np.linspace(0, 100, len(shares) + 1), shares) for name, shares in curves.items()}
         chart = line_chart(title, steps, "share of backchannels", f"{prefix}{len(charts)}", "% of the user's speech")
         charts.append((title, chart))
+    return charts
+
+
+def during_charts(updates: Sequence[Mapping[str, Any]], prefix: str = "v") -> list[tuple[str, Markup]]:
+    """(title, chart) of each axis' reward on the held-out segments during training (`evaluation.every`)."""
+    charts: list[tuple[str, Markup]] = []
+    keys = dict.fromkeys(k for row in updates for k in row if k.startswith("evaluation/") and k.endswith("/reward"))
+    for key in keys:
+        axis = key.split("/")[1]
+        points = [(row["update"], row[key]) for row in updates if isinstance(row.get(key), int | float)]
+        unit = label(axis, "reward").unit
+        y_label = f"mean reward ({unit})" if unit else "mean reward"
+        curve = {axis: ([x for x, _ in points], [y for _, y in points])}
+        chart = line_chart(f"{axis_title(axis)}, held-out, {y_label}", curve, y_label, f"{prefix}{len(charts)}")
+        charts.append((f"{axis_title(axis)}, held-out", chart))
     return charts
 
 

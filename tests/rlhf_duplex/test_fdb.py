@@ -340,6 +340,18 @@ def test_arguments_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, mess
     assert message in capsys.readouterr().err
 
 
+def test_nothing_of_others_is_moved(tmp_path, capsys):
+    root = broken(tmp_path / "data", lambda folder: None)
+    arguments = ("--suite", "fdb-v1", "--data", root, "--outputs", f"x={root}", "--out")
+    assert evaluate(*arguments, tmp_path) == 2
+    assert "lies in the run folder" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.json").write_text("{}")
+    assert evaluate(*arguments, tmp_path / "mine") == 2
+    assert "something else than an evaluation" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "mine"]
+
+
 def test_samples_are_in_the_order_of_their_numbers(synthetic):
     root, _ = synthetic
     samples = [s for s in read_benchmark(root, "fdb-v1") if s.task == "backchannel"]

@@ -293,6 +293,41 @@ def test_numbers_are_written_with_their_units():
     assert interval(-1.5, 0.25, "s", signed=True) == "\u22121.50 to +0.25 s"
 
 
+def test_what_was_measured_during_training_and_the_distributions(tmp_path):
+    folder = make_run(tmp_path / "run", segments_per_axis=2, updates=4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1::2]:
+        line["evaluation/turn_taking/reward"] = -1.0 / line["update"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report(folder).read_text()
+    text = " ".join("".join(Page(page).text).split())
+    assert "Held-out segments during training" in text
+    assert "Turn-taking, held-out, mean reward (s)" in text
+    assert "Turn-taking: latency" in text
+    assert "before (n 2)" in text
+    # Two points of the curve: -1/2 after update 2 and -1/4 after 4.
+    assert "from -0.5 at update 2 to -0.25 at 4" in text
+    assert "first the worst of each axis" in text
+
+
+def test_worst_episode_comes_first(tmp_path):
+    folder = make_run(tmp_path / "run", segments_per_axis=4, updates=1)
+    scores = folder / "evaluation" / "after"
+    # The third of the backchannel segments is made the worst of its axis, by its score alone.
+    (place,) = [p for p in scores.glob("*/scores.json") if p.parent.name.startswith("backchannel-2")]
+    place.write_text(json.dumps({"backchannel": {"value": -9.0, "details": {}}}))
+    page = build_report(folder).read_text()
+    headings = re.findall(r'<h3 id="x\d+">(.*?)</h3>', page)
+    assert len(headings) == 12
+    assert [h.split(" <")[0] for h in headings[:4]] == [
+        "Pause handling",
+        "Turn-taking",
+        "Backchannel",
+        "User interruption",
+    ]
+    assert "backchannel-2" in headings[2]
+
+
 def test_chart_arithmetic():
     assert nice_ticks(0.0, 1.0) == pytest.approx([0.0, 0.5, 1.0])
     assert nice_ticks(-3.0, 9.0) == pytest.approx([0.0, 5.0])

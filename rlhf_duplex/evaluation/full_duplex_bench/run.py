@@ -1,6 +1,6 @@
 """`evaluate --suite fdb-v1 | fdb-v1.5`: systems, policies or folders of outputs, played, scored and compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,15 @@ class Benchmark:
     quality: Predictor | None = None
 
 
-def run_benchmark(benchmark: Benchmark, config: Config, detector: SpeechDetector, console: Console) -> dict[str, Any]:
+def run_benchmark(
+    benchmark: Benchmark, prepare: Callable[[], object], config: Config, detector: SpeechDetector, console: Console
+) -> dict[str, Any]:
     """Play what is a policy, score everything, write `out/NAME.json` and `out/leaderboard.md`; gives results by name.
+
+    Args:
+        benchmark: what is scored.
+        prepare: makes the run folder, once everything else is known to be right.
+        config, detector: of the policies.
 
     Raises:
         InputError: before any model is loaded, where the data, the outputs of a system or the judge cannot be used.
@@ -83,6 +90,7 @@ def run_benchmark(benchmark: Benchmark, config: Config, detector: SpeechDetector
     for system in benchmark.systems:
         if system.outputs is not None and asr is None:
             read_outputs(samples, system.outputs)
+    prepare()
     results = {}
     for system in benchmark.systems:
         root = system.outputs
