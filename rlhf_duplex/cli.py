@@ -31,8 +31,10 @@ ABLATE_HELP = """examples:
   rlhf-duplex ablate configs/ablations/reward_weights.yaml --retry-failed
 
 Started again, the same command goes on; finished trials are never run again."""
-REPORT_HELP = """example:
-  rlhf-duplex report runs/quickstart"""
+REPORT_HELP = """examples:
+  rlhf-duplex report runs/quickstart                               the page of a run
+  rlhf-duplex report runs/one runs/two runs/three --out page.html  runs held against the first
+  rlhf-duplex report runs/ablations/leave_one_axis_out             the page of an ablation"""
 
 REWARDS_HELP = """examples:
   rlhf-duplex rewards                                  all axes, with their options
@@ -95,11 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument("--retry-failed", action="store_true", help="start trials again that have failed for good")
     report = commands.add_parser(
         "report",
-        help="write report.html of a run folder anew",
+        help="write the page of a run or an ablation anew, or compare any runs",
         epilog=REPORT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("run_dir", type=Path)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder or an ablation's; or several")
+    report.add_argument("--out", type=Path, help="the page to write, of several runs or an ablation")
     add_pair_commands(commands)
     rewards = commands.add_parser(
         "rewards",
@@ -146,10 +149,7 @@ def _run(options: argparse.Namespace) -> int:
         curate(options.corpus, options.out, curate_options.from_arguments(options))
         return 0
     if options.command == "report":
-        from rlhf_duplex.report.build import build_report
-
-        print(f"wrote {build_report(options.run_dir)}")
-        return 0
+        return _report(options)
     if options.command in ("pairs", "converse"):
         from rlhf_duplex.pairs import run_converse, run_pairs
 
@@ -182,9 +182,27 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from envs.errors import InputError
+    from rlhf_duplex.report.build import build_report
+    from rlhf_duplex.report.comparison import build_comparison
+    from rlhf_duplex.report.runs import is_ablation, read_ablation, read_runs
+
+    first = options.runs[0]
+    if len(options.runs) > 1:
+        print(f"wrote {build_comparison(read_runs(options.runs), options.out or Path('comparison.html'))}")
+    elif is_ablation(first):
+        print(f"wrote {build_comparison(read_ablation(first), options.out or first / 'report.html')}")
+    elif options.out is not None:
+        raise InputError("--out is for a comparison: the page of a single run lies in its folder")
+    else:
+        print(f"wrote {build_report(first)}")
+    return 0
+
+
 def _ablate(options: argparse.Namespace) -> int:
     from rlhf_duplex.ablate.plan import load_plan
-    from rlhf_duplex.ablate.run import ablate, show_plan
+    from rlhf_duplex.ablate.run import ablate, finish, show_plan
     from rlhf_duplex.trainer import make_console
 
     plan = load_plan(options.config, options.overrides)
@@ -192,6 +210,8 @@ def _ablate(options: argparse.Namespace) -> int:
         show_plan(plan, make_console())
     else:
         ablate(plan, make_console(), options.retry_failed)
+        if plan.config.search is not None and plan.config.search.sampler == "optuna":
+            finish(load_plan(options.config, options.overrides), make_console())  # with the points that were found
     return 0
 
 

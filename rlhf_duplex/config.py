@@ -36,6 +36,9 @@ class TrainerConfig:
         kl_beta: weight of KL[policy || reference] [0.01].
         sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
             token: keeps how sentences go on, and leaves free when they begin.
+        audio_beta: weight of the squared distance, relative to its size, between what the depth transformer is given
+            and what the reference gives it. The loss is about the text stream alone; without this the voice, which
+            reads the same features, drifts with it, and the words after the voice.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
     """
@@ -53,6 +56,7 @@ class TrainerConfig:
     clip_high: float | None = None
     kl_beta: float = 0.01
     sentence_kl_beta: float = 0.0
+    audio_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
 
@@ -360,6 +364,7 @@ def check_config(config: Config) -> None:
         "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
         "trainer.kl_beta": trainer.kl_beta,
         "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
+        "trainer.audio_beta": trainer.audio_beta,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,

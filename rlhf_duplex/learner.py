@@ -210,9 +210,12 @@ class Learner:
         return gradients, {**diagnostics, "loss": loss.detach()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        _, distribution = self.policy.evaluate_actions(batch.codes)
+        text = batch.codes[:, 0]
+        features = self.policy.features(batch.codes)
+        distribution = self.policy.distribution(features, text)
         with torch.no_grad():
-            _, reference = self.reference.evaluate_actions(batch.codes)
+            base = self.reference.features(batch.codes)
+            reference = self.reference.distribution(base, text)
         kl = exact_kl(distribution, reference)
         trainer = self.trainer
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
@@ -229,10 +232,20 @@ class Learner:
             sequence_ratio=trainer.algorithm == "gspo",
             length=length,
         )
+        if trainer.audio_beta:
+            drift = self._drift(features, base, batch.mask)
+            loss = loss + trainer.audio_beta * drift
+            diagnostics["audio_drift"] = drift.detach()
         with torch.no_grad():
             diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
         return loss, diagnostics
+
+    def _drift(self, features: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """How far what the depth transformer is given has moved from the reference's, as a share of its square."""
+        ours, theirs = self.policy.depth_inputs(features), self.policy.depth_inputs(base).detach()
+        distance = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=1e-6)
+        return masked_mean(distance, mask).mean()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as named tensors (safetensors holds nothing else)."""

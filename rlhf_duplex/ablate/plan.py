@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InputError
+from rlhf_duplex.ablate.ray_tune import AshaConfig, RayConfig
+from rlhf_duplex.ablate.search import SearchConfig, check_search, kept_points, random_points
 from rlhf_duplex.config import Config, load_config, load_structured
 
 
@@ -50,6 +52,7 @@ class AblationConfig:
         grid: by key of the configuration, its values; all combinations are run.
         conditions: each `{name, overrides}`.
         preset: `leave_one_axis_out`, `reward_weights`, or one with its options, `{name: ..., resolution: 2}`.
+        search: conditions drawn from a space, see `rlhf_duplex.ablate.search`.
         baseline: name of the condition that the others are held against; by default the one that changes nothing, else
             the first.
         metrics: of the table of effects, each `axis.metric`; by default those of arXiv 2606.11167's tables, and the
@@ -57,6 +60,8 @@ class AblationConfig:
         retries: how often a failed trial is started again.
         memory_gb: a trial that takes more fails by itself, instead of whatever else runs; 0: no limit.
         budget: when to stop.
+        workers: trials at once, on Ray Tune; 0 runs one after another, without Ray.
+        ray, asha: see `rlhf_duplex.ablate.ray_tune`.
     """
 
     base: str = ""
@@ -66,11 +71,15 @@ class AblationConfig:
     grid: dict[str, Any] = field(default_factory=dict)
     conditions: list[Any] = field(default_factory=list)
     preset: Any = None
+    search: SearchConfig | None = None
     baseline: str | None = None
     metrics: list[str] = field(default_factory=list)
     retries: int = 1
     memory_gb: float = 0.0
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    workers: int = 0
+    ray: RayConfig = field(default_factory=RayConfig)
+    asha: AshaConfig = field(default_factory=AshaConfig)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Plan:
         base: the configuration that the conditions change.
         conditions: in their order; skipped: what the preset leaves out with this base.
         trials: all, in the order in which they are run.
+        seeds: of every condition; shared: `key=value` of every trial.
     """
 
     config: AblationConfig
@@ -121,6 +131,8 @@ class Plan:
     conditions: tuple[Condition, ...]
     skipped: tuple[Skipped, ...]
     trials: tuple[Trial, ...]
+    seeds: tuple[int, ...] = (0,)
+    shared: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -131,7 +143,8 @@ class Plan:
         """The condition that the others are held against."""
         if self.config.baseline is not None:
             return next(c for c in self.conditions if c.name == self.config.baseline)
-        return next((c for c in self.conditions if not c.overrides), self.conditions[0])
+        same = (c for c in self.conditions if all(base_value(self.base, k) == v for k, v in c.overrides.items()))
+        return next(same, self.conditions[0])
 
 
 def load_plan(path: Path, arguments: Sequence[str] = ()) -> Plan:
@@ -157,22 +170,31 @@ def load_plan(path: Path, arguments: Sequence[str] = ()) -> Plan:
     trials = []
     for seed in seeds:
         for condition in conditions:
-            name = f"{slug(condition.name)}_seed{seed}"
             try:
-                loaded = load_config(Path(config.base), [*shared, *as_arguments(condition.overrides), f"seed={seed}"])
-                _check_trial(loaded)
+                trials.append(make_trial(config, shared, condition, seed))
             except InputError as error:
                 raise InputError(f"{path}: condition '{condition.name}': {error}") from error
-            loaded.run_dir = str(Path(config.run_dir) / "trials" / name)
-            loaded.resume = False
-            loaded.checkpointing.keep = 1  # there are many trials
-            trials.append(Trial(name, condition, seed, loaded))
     twice = _first_twice([trial.name for trial in trials])
     if twice is not None:
         raise InputError(f"{path}: two trials would be called '{twice}': give conditions other names")
     if config.baseline is not None and config.baseline not in [c.name for c in conditions]:
         raise InputError(f"{path}: baseline '{config.baseline}' is none of {', '.join(c.name for c in conditions)}")
-    return Plan(config, base, tuple(conditions), tuple(skipped), tuple(trials))
+    return Plan(config, base, tuple(conditions), tuple(skipped), tuple(trials), tuple(seeds), tuple(shared))
+
+
+def make_trial(config: AblationConfig, shared: Sequence[str], condition: Condition, seed: int) -> Trial:
+    """A condition with a seed.
+
+    Raises:
+        InputError: its configuration is not what it must be.
+    """
+    name = f"{slug(condition.name)}_seed{seed}"
+    loaded = load_config(Path(config.base), [*shared, *as_arguments(condition.overrides), f"seed={seed}"])
+    _check_trial(loaded)
+    loaded.run_dir = str(Path(config.run_dir) / "trials" / name)
+    loaded.resume = False
+    loaded.checkpointing.keep = 1  # there are many trials
+    return Trial(name, condition, seed, loaded)
 
 
 def _check(path: Path, config: AblationConfig) -> None:
@@ -186,9 +208,12 @@ def _check(path: Path, config: AblationConfig) -> None:
         raise InputError(f"{path}: `seeds` must be a list of numbers or how many, found {seeds!r}")
     if isinstance(seeds, list) and _first_twice(seeds) is not None:
         raise InputError(f"{path}: seed {_first_twice(seeds)} is given twice")
-    for key, value in {"retries": config.retries, "memory_gb": config.memory_gb, **vars(config.budget)}.items():
+    limits = {"retries": config.retries, "memory_gb": config.memory_gb, "workers": config.workers}
+    for key, value in {**limits, **vars(config.budget)}.items():
         if value < 0:
             raise InputError(f"{path}: `{key}` must be at least 0, found {value}")
+    if config.asha.metric and (config.workers < 1 or config.asha.grace < 1 or config.asha.reduction < 2):
+        raise InputError(f"{path}: asha needs workers and grace of at least 1 and reduction of at least 2")
     for metric in config.metrics:
         if not re.fullmatch(r"[^.]+\.[^.]+", metric):
             raise InputError(f"{path}: a metric is written axis.metric, such as turn_taking.latency, found {metric!r}")
@@ -221,6 +246,11 @@ def _conditions(path: Path, config: AblationConfig, base: Config) -> tuple[list[
         for values in itertools.product(*grid.values()):
             overrides = dict(zip(grid, values, strict=True))
             found.append(Condition(describe(overrides), overrides))
+    if config.search is not None:
+        check_search(path, config.search, config.workers)
+        optuna = config.search.sampler == "optuna"
+        points = kept_points(Path(config.run_dir)) if optuna else random_points(config.search)
+        found += [Condition("base", {}), *(Condition(describe(point), point) for point in points)]
     if not found:
         raise InputError(f"{path}: nothing varies: give `grid`, `conditions`, `search` or `preset`")
     for condition in found:
@@ -231,6 +261,22 @@ def _conditions(path: Path, config: AblationConfig, base: Config) -> tuple[list[
     if twice is not None:
         raise InputError(f"{path}: two conditions are called '{twice}'")
     return found, skipped
+
+
+def condition_values(plan: Plan) -> dict[str, dict[str, Any]]:
+    """By condition, the value of every key that any condition changes."""
+    keys = list(dict.fromkeys(key for condition in plan.conditions for key in condition.overrides))
+    return {c.name: {key: c.overrides.get(key, base_value(plan.base, key)) for key in keys} for c in plan.conditions}
+
+
+def base_value(base: Config, key: str) -> Any:
+    """A key's value in a configuration; None where it has none."""
+    value: Any = base
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    if value is None and key.endswith(".weight") and key.split(".")[1] in base.rewards:
+        return 1.0
+    return value
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

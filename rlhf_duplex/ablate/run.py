@@ -1,4 +1,4 @@
-"""`rlhf-duplex ablate`: all trials of a plan, one after another, and the table of what came of them.
+"""`rlhf-duplex ablate`: all trials of a plan, one after another or on Ray, the table and the page of what came of them.
 
 Started again, it goes on: finished trials are never run again, one that was interrupted goes on from its checkpoint.
 """
@@ -6,17 +6,19 @@ Started again, it goes on: finished trials are never run again, one that was int
 import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from envs.errors import InputError
-from rlhf_duplex.ablate.plan import Plan, Trial, as_arguments
+from envs.files import write_text
+from rlhf_duplex.ablate.plan import Condition, Plan, Trial, as_arguments, condition_values, describe, make_trial
+from rlhf_duplex.ablate.ray_tune import AshaConfig
 from rlhf_duplex.ablate.table import plan_tables, write_table
 from rlhf_duplex.ablate.trial import (
     Job,
@@ -28,9 +30,9 @@ from rlhf_duplex.ablate.trial import (
     read_record,
     run_job,
     write_record,
-    write_text,
 )
 from rlhf_duplex.config import Config, to_yaml
+from rlhf_duplex.evaluation.metrics import read_results
 
 DECIDE_BEFORE = ("checkpoint", "dtype", "device", "segments", "sampling", "detector", "lora", "evaluation")
 
@@ -58,7 +60,7 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
             console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True, markup=False)
         with stop_requests() as received:
             stopped = _run_all(plan, console, lambda: bool(received))
-        return _finish(plan, console, stopped)
+        return finish(plan, console, stopped)
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -94,31 +96,119 @@ def _forget_failures(plan: Plan) -> None:
 
 
 def _run_all(plan: Plan, console: Console, stopping: Callable[[], bool]) -> str:
-    """Trials one after another; gives why it ended before they all had, or nothing."""
+    """All trials that are open; gives why it ended before they all had, or nothing."""
     from rlhf_duplex.trainer import progress
 
-    root, budget = plan.run_dir, plan.config.budget
     waiting = [trial for trial in plan.trials if _is_open(plan, trial)]
-    seconds = sum(read_record(root, trial.name).seconds for trial in plan.trials)
-    run = len(plan.trials) - len(waiting)
-    console.print(f"{len(plan.trials)} trials, {run} of them done before; {root}", soft_wrap=True)
+    log = _Log(plan, console, len(plan.trials) - len(waiting))
+    console.print(f"{len(plan.trials)} trials, {log.ended} of them done before; {plan.run_dir}", soft_wrap=True)
     total = sum(max(1, trial.config.trainer.updates) for trial in waiting)
     with progress(console, "ablation", total) as advance:
-        for trial in waiting:
-            if (budget.trials and run >= budget.trials) or (budget.hours and seconds >= 3600 * budget.hours):
-                return f"the budget of {_shown(budget.trials, budget.hours)} is spent"
-            before = read_record(root, trial.name).seconds
-            steps = _Steps(trial.config.trainer.updates, advance)
-            try:
-                record = run_job(_job(plan, trial, console, stopping), stopping, steps)
-            except Stopped:
-                return "stopped"
-            steps(trial.config.trainer.updates)
-            run += 1
-            seconds += record.seconds - before
-            _say(console, trial, record, run, len(plan.trials))
-            write_tables(plan)
+        return (_with_ray if plan.config.workers else _one_by_one)(plan, waiting, log, advance, stopping)
+
+
+class _Log:
+    """What has ended, and whether the budget allows another trial."""
+
+    def __init__(self, plan: Plan, console: Console, ended: int) -> None:
+        self.plan, self.console, self.ended = plan, console, ended
+        self.trials = {trial.name: trial for trial in plan.trials}
+
+    def add(self, name: str, record: Record) -> None:
+        """A trial has ended: say so, and write the tables anew."""
+        self.ended += 1
+        trial = self.trials[name]
+        what = f"{trial.condition.name}, seed {trial.seed}: {record.status}"
+        if record.status == "failed":
+            times = f"{record.attempts} attempt{'s' * (record.attempts != 1)}"
+            what += f" after {times} ({record.kind}: {record.why})"
+        line = f"[{self.ended}/{len(self.trials)}] {what}, {record.seconds / 60:.1f} min"
+        self.console.print(line, soft_wrap=True, markup=False)
+        write_tables(self.plan)
+
+    def spent(self) -> str:
+        """Why no further trial may start, or nothing."""
+        budget = self.plan.config.budget
+        if budget.trials and self.ended >= budget.trials:
+            return f"the budget of {budget.trials} trials is spent"
+        seconds = sum(read_record(self.plan.run_dir, name).seconds for name in self.trials)
+        return f"the budget of {budget.hours:g} hours is spent" if 0 < 3600 * budget.hours <= seconds else ""
+
+
+def _one_by_one(
+    plan: Plan, waiting: list[Trial], log: _Log, advance: Callable[[int], None], stopping: Callable[[], bool]
+) -> str:
+    for trial in waiting:
+        if spent := log.spent():
+            return spent
+        steps = _Steps(trial.config.trainer.updates, advance)
+        try:
+            before = _before(plan, trial.config)
+            if isinstance(before, Job):
+                log.console.print("evaluating the policy that the trials start from")
+                run_job(before, stopping)
+            record = run_job(_job(plan, trial), stopping, steps)
+        except Stopped:
+            return "stopped"
+        steps(trial.config.trainer.updates)
+        log.add(trial.name, record)
     return ""
+
+
+def _with_ray(
+    plan: Plan, waiting: list[Trial], log: _Log, advance: Callable[[int], None], stopping: Callable[[], bool]
+) -> str:
+    """Several at once; where the budget of hours is spent, those that run are stopped, too, to go on another time."""
+    from rlhf_duplex.ablate.ray_tune import run_jobs
+
+    config = plan.config
+    if config.budget.trials:
+        waiting = waiting[: max(0, config.budget.trials - log.ended)]
+    updates = max((trial.config.trainer.updates for trial in waiting), default=0)
+
+    def stop() -> bool:
+        return stopping() or bool(config.budget.hours and log.spent())
+
+    def ended(name: str, record: Record) -> None:
+        advance(log.trials[name].config.trainer.updates)
+        log.add(name, record)
+
+    befores = {job.name: job for trial in waiting if isinstance(job := _before(plan, trial.config), Job)}
+    if befores:
+        log.console.print("evaluating the policies that the trials start from")
+        run_jobs([*befores.values()], 0, config.workers, config.ray, AshaConfig(), stopping, lambda *_: None)
+    jobs = [_job(plan, trial) for trial in waiting]
+    if jobs and not stop():
+        run_jobs(jobs, updates, config.workers, config.ray, config.asha, stop, ended)
+    if config.search is not None and config.search.sampler == "optuna" and not stop():
+        _search(plan, log, stop)
+    return "stopped" if stopping() else log.spent()
+
+
+def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
+    """Optuna's points; the plan gets them when it is loaded the next time."""
+    from rlhf_duplex.ablate.ray_tune import run_search
+
+    search = plan.config.search
+    assert search is not None
+    axis, _, metric = search.metric.partition(".")
+    points = [condition for condition in plan.conditions if condition.overrides.keys() == search.space.keys()]
+    known: list[tuple[dict, float | None]] = []
+    for point in points:
+        paths = [Path(t.config.run_dir) / "evaluation" / "after.json" for t in plan.trials if t.condition == point]
+        results = [read_results(path) for path in paths if path.is_file()]
+        means = [r["axes"][axis][metric]["mean"] for r in results if metric in r["axes"].get(axis, {})]
+        known.append((point.overrides, sum(means) / len(means) if means else None))
+
+    def jobs(overrides: Mapping[str, Any]) -> list[Job]:
+        condition = Condition(describe(overrides), dict(overrides))
+        return [_job(plan, make_trial(plan.config, plan.shared, condition, seed)) for seed in plan.seeds]
+
+    def ended(name: str, record: Record) -> None:
+        log.console.print(f"point {name} has ended", markup=False)
+
+    workers = plan.config.workers
+    run_search(search, plan.run_dir.resolve(), known, jobs, workers, plan.config.ray, stop, ended)
 
 
 class _Steps:
@@ -144,34 +234,30 @@ def _finished(trial: Trial) -> bool:
     return (Path(trial.config.run_dir) / "evaluation" / "after.json").is_file()
 
 
-def _job(plan: Plan, trial: Trial, console: Console, stopping: Callable[[], bool]) -> Job:
-    before = _before(plan, trial.config, console, stopping)
-    limits = plan.config
+def _job(plan: Plan, trial: Trial) -> Job:
+    before = _before(plan, trial.config)
     return job_of(
         plan.run_dir.resolve(),
         trial.name,
         trial.config,
-        before=before,
-        retries=limits.retries,
-        memory_gb=limits.memory_gb,
+        before=before if isinstance(before, Path) else None,
+        retries=plan.config.retries,
+        memory_gb=plan.config.memory_gb,
     )
 
 
-def _before(plan: Plan, config: Config, console: Console, stopping: Callable[[], bool]) -> Path | None:
+def _before(plan: Plan, config: Config) -> Job | Path | None:
     """The result of the policy that a trial starts from, measured once for all trials that start from the same.
 
-    None where it cannot be measured: the trial then fails by itself, and says why.
+    The job that measures it, where that is still to be done. None where it has failed: the trial then fails by itself,
+    and says why.
     """
     if config.evaluation.before is not None:
         return Path(config.evaluation.before).resolve()
     job = job_of(plan.run_dir.resolve(), before_key(config), config, "evaluate", memory_gb=plan.config.memory_gb)
-    if read_record(job.root, job.name).status == "failed":
-        return None
-    if not is_finished(job):
-        console.print("evaluating the policy that the trials start from")
-        if run_job(job, stopping).status != "done":
-            return None
-    return job.result
+    if is_finished(job):
+        return job.result
+    return None if read_record(job.root, job.name).status == "failed" else job
 
 
 def before_key(config: Config) -> str:
@@ -183,29 +269,16 @@ def before_key(config: Config) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _say(console: Console, trial: Trial, record: Record, done: int, total: int) -> None:
-    what = f"{trial.condition.name}, seed {trial.seed}: {record.status}"
-    if record.status == "failed":
-        what += f" after {record.attempts} attempt{'s' * (record.attempts != 1)} ({record.kind}: {record.why})"
-    console.print(f"[{done}/{total}] {what}, {record.seconds / 60:.1f} min", soft_wrap=True, markup=False)
-
-
-def _shown(trials: int, hours: float) -> str:
-    return " or ".join([f"{trials} trials"] * bool(trials) + [f"{hours:g} hours"] * bool(hours))
-
-
 def write_tables(plan: Plan) -> list[Path]:
     """`table.csv`, `table.parquet`, `trials.csv`, and the plan itself for a page that is made later."""
     metrics, states = plan_tables(plan)
     paths = write_table(metrics, plan.run_dir)
-    temporary = plan.run_dir / f".trials.{os.getpid()}"
-    states.to_csv(temporary, index=False)
-    os.replace(temporary, plan.run_dir / "trials.csv")
+    write_text(plan.run_dir / "trials.csv", states.to_csv(index=False))
     described = {
         "base": plan.config.base,
         "baseline": plan.baseline.name,
         "metrics": plan.config.metrics,
-        "conditions": [asdict(condition) for condition in plan.conditions],
+        "conditions": [{"name": name, "values": values} for name, values in condition_values(plan).items()],
         "skipped": [asdict(skipped) for skipped in plan.skipped],
         "trials": [{"name": t.name, "condition": t.condition.name, "seed": t.seed} for t in plan.trials],
     }
@@ -213,8 +286,14 @@ def write_tables(plan: Plan) -> list[Path]:
     return [*paths, plan.run_dir / "trials.csv"]
 
 
-def _finish(plan: Plan, console: Console, stopped: str) -> Path:
+def finish(plan: Plan, console: Console, stopped: str = "") -> Path:
+    """Write the tables and the page, and say what is where."""
+    from rlhf_duplex.report.comparison import build_comparison
+    from rlhf_duplex.report.runs import read_ablation
+
     paths = write_tables(plan)
+    if any(_finished(trial) for trial in plan.trials):
+        paths.append(build_comparison(read_ablation(plan.run_dir), plan.run_dir / "report.html"))
     failed = [t for t in plan.trials if not _finished(t) and read_record(plan.run_dir, t.name).status == "failed"]
     if failed:
         names = ", ".join(trial.name for trial in failed)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from envs.errors import InputError
-from rlhf_duplex.ablate.plan import Plan
+from rlhf_duplex.ablate.plan import Plan, condition_values
 from rlhf_duplex.ablate.trial import Record, read_record
 from rlhf_duplex.evaluation.metrics import change, read_results
 
@@ -85,16 +85,16 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> list[
 
 def plan_tables(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table of all finished trials, and one of all trials with what became of each."""
-    keys = list(dict.fromkeys(key for condition in plan.conditions for key in condition.overrides))
+    values = condition_values(plan)
     rows, states = [], []
     for trial in plan.trials:
         record = read_record(plan.run_dir, trial.name)
         evaluation = Path(trial.config.run_dir) / "evaluation"
         finished = (evaluation / "after.json").is_file()
-        values = {key: trial.condition.overrides.get(key, _base_value(plan, key)) for key in keys}
+        name = trial.condition.name
         if finished:
-            rows += trial_rows(trial.name, trial.condition.name, trial.seed, values, evaluation)
-        states.append(_state(trial.name, trial.condition.name, trial.seed, record, finished))
+            rows += trial_rows(trial.name, name, trial.seed, values[name], evaluation)
+        states.append(_state(trial.name, name, trial.seed, record, finished))
     return make_table(rows), pd.DataFrame(states)
 
 
@@ -110,13 +110,3 @@ def _state(name: str, condition: str, seed: int, record: Record, finished: bool)
         "minutes": round(record.seconds / 60, 2),
         "why": why,
     }
-
-
-def _base_value(plan: Plan, key: str) -> Any:
-    """A key's value in the base."""
-    value: Any = plan.base
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-    if value is None and key.endswith(".weight") and key.split(".")[1] in plan.base.rewards:
-        return 1.0
-    return value

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.config import DECIDES_NUMBERS, check_resumed, to_yaml
 
 POLL_SECONDS = 0.5
@@ -46,6 +47,7 @@ class Job:
     before: Path | None = None
     retries: int = 0
     memory_gb: float = 0.0
+    directory: str = "."  # where relative paths of the configuration begin
 
     @property
     def folder(self) -> Path:
@@ -101,14 +103,6 @@ def read_record(root: Path, name: str) -> Record:
 def write_record(root: Path, name: str, record: Record) -> None:
     """Write it, whole or not at all."""
     write_text(root / "records" / f"{name}.json", json.dumps(asdict(record), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def check_same(name: str, config: Any) -> None:
@@ -177,7 +171,7 @@ def _attempt(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "rlhf_duplex.ablate.worker", str(config_path), str(outcome)]
     order = {"command": job.command, "overrides": overrides, "memory_gb": job.memory_gb}
-    with log.open("ab") as output, _process(command, output) as process:
+    with log.open("ab") as output, _process(command, output, job.directory) as process:
         assert process.stdin is not None
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
@@ -200,10 +194,15 @@ def _attempt(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None
 
 
 @contextmanager
-def _process(command: list[str], output: Any) -> Any:
+def _process(command: list[str], output: Any, directory: str) -> Any:
     """A process in a session of its own (a terminal's Ctrl-C goes to us alone) that never outlives the block."""
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        cwd=directory,
     )
     try:
         yield process
@@ -240,4 +239,4 @@ def _wait(
 
 def job_of(root: Path, name: str, config: Any, command: str = "train", **options: Any) -> Job:
     """The job of a configuration."""
-    return Job(name, root, command, to_yaml(config), **options)
+    return Job(name, root, command, to_yaml(config), directory=os.getcwd(), **options)

@@ -14,6 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from envs.files import write_text
+
 TRACE_LINES = 30
 
 
@@ -34,9 +36,7 @@ def main(config_path: str, outcome_path: str) -> int:
         text = " ".join(str(error).split())
         lines = traceback.format_exc().splitlines()[-TRACE_LINES:]
         record = {"kind": type(error).__name__, "message": text, "traceback": "\n".join(lines)}
-        temporary = Path(f"{outcome_path}.{os.getpid()}")
-        temporary.write_text(json.dumps(record) + "\n")
-        os.replace(temporary, outcome_path)
+        write_text(Path(outcome_path), json.dumps(record) + "\n")
         return 1
 
 

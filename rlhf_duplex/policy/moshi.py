@@ -195,10 +195,10 @@ class MoshiPolicy:
             codes[stream_index, : frames - delay] = positions[stream_index, delay + 1 :]
         return Trajectory(codes.permute(2, 0, 1).contiguous(), self._stream.log_probs[:frames].T.contiguous())
 
-    def text_logits(self, codes: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced text logits `(B, T, V)` for codes `(B, K, T)`; the depth transformer is not run.
+    def features(self, codes: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced output of the temporal transformer, `(B, T, D)`, for codes `(B, K, T)`.
 
-        Equals `LMModel.forward(codes).text_logits[:, 0]` (tested).
+        Text logits and the depth transformer are read off it; the depth transformer is not run.
         """
         lm = self.lm
         initial = lm._get_initial_token().expand(len(codes), -1, -1)
@@ -209,7 +209,25 @@ class MoshiPolicy:
         for stream, table in enumerate(lm.emb[1:], start=2):
             inputs = inputs + table(tokens[:, stream])
         hidden = PlainTransformer(lm.transformer, tokens.shape[-1]).whole(inputs + lm.text_emb(tokens[:, 0]))
-        return lm.text_linear(plain_norm(lm.out_norm)(hidden))
+        return plain_norm(lm.out_norm)(hidden)
+
+    def text_logits(self, codes: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced text logits `(B, T, V)`: equals `LMModel.forward(codes).text_logits[:, 0]` (tested)."""
+        return self.lm.text_linear(self.features(codes))
+
+    def depth_inputs(self, features: torch.Tensor) -> torch.Tensor:
+        """What the depth transformer is given of `features`, `(B, T, D)` to `(B, T, D')`, its steps side by side."""
+        return torch.cat([project(features) for project in self.lm.depformer_in], dim=-1)
+
+    def distribution(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Log-distribution `(B, T, V)` of the text token that follows `features`, as it is when acting.
+
+        `text` `(B, T)`: the tokens that were drawn, which a top-k never cuts.
+        """
+        logits = self.lm.text_linear(features)
+        return log_distribution(
+            logits, self.sampling.text_temperature, self.sampling.text_top_k, keep=text.clamp(min=0)
+        )
 
     def evaluate_actions(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the text tokens of whole episodes, under the same transform as when acting.
@@ -222,7 +240,5 @@ class MoshiPolicy:
             the whole log-distribution, for KL and entropy.
         """
         text = codes[:, 0].clamp(min=0)
-        distribution = log_distribution(
-            self.text_logits(codes), self.sampling.text_temperature, self.sampling.text_top_k, keep=text
-        )
+        distribution = self.distribution(self.features(codes), text)
         return distribution.gather(-1, text[..., None])[..., 0], distribution

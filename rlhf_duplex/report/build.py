@@ -55,10 +55,9 @@ def build_report(run_dir: Path) -> Path:
     if not config and not updates and not any(results.values()):
         raise InputError(f"{run_dir} holds no config.yaml, metrics.jsonl or evaluation: is it a run folder?")
     examples, choice = _examples(run_dir / "evaluation")
-    environment = Environment(
-        loader=PackageLoader("rlhf_duplex.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("template.html").render(
+    return write_page(
+        run_dir / "report.html",
+        "template.html",
         name=run_dir.resolve().name,
         facts=_facts(config, updates, results),
         missing=[stage for stage in STAGES if results[stage] is None],
@@ -76,7 +75,18 @@ def build_report(run_dir: Path) -> Path:
         choice=choice,
         stages=STAGES,
     )
-    path = run_dir / "report.html"
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Write a page from a template of this folder, whole or not at all; gives its path.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("rlhf_duplex.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template(template).render(**values)
     try:
         write_text(path, page)
     except OSError as error:
@@ -300,7 +310,7 @@ def _learning_charts(updates: Sequence[Mapping]) -> list[tuple[str, Markup]]:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class SavedEpisode:
     """An episode on disk: its folder, the segment's id and axis, and its scores by axis."""
 
     folder: Path
@@ -314,20 +324,20 @@ class _Saved:
         return float(value) if _is_real(value) else None
 
 
-def _saved(folder: Path) -> dict[str, _Saved]:
+def saved_episodes(folder: Path) -> dict[str, SavedEpisode]:
     """Saved episodes by the id of their segment.
 
     Raises:
         InputError: one of them is damaged.
     """
-    found: dict[str, _Saved] = {}
+    found: dict[str, SavedEpisode] = {}
     for path in sorted(folder.glob("*/episode.json")):
         scores_path = path.with_name("scores.json")
         try:
             segment = json.loads(path.read_text(encoding="utf-8"))["segment"]
             scores = json.loads(scores_path.read_text(encoding="utf-8")) if scores_path.is_file() else {}
             scores = {str(axis): record for axis, record in scores.items() if isinstance(record, dict)}
-            found.setdefault(segment["id"], _Saved(path.parent, segment["id"], segment["axis"], scores))
+            found.setdefault(segment["id"], SavedEpisode(path.parent, segment["id"], segment["axis"], scores))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path.parent} is not a whole episode ({type(error).__name__}: {error})") from error
     return found
@@ -342,7 +352,7 @@ def median_segments(rewards: Mapping[str, float], count: int) -> list[str]:
 
 def _examples(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """The episodes that the page shows, and the sentence that says how they were chosen."""
-    saved = {stage: _saved(folder / stage) for stage in STAGES}
+    saved = {stage: saved_episodes(folder / stage) for stage in STAGES}
     both = bool(saved["before"]) and bool(saved["after"])
     pool = saved["before"] or saved["after"]
     rewards: dict[str, dict[str, float]] = {}
@@ -373,7 +383,7 @@ def _examples(folder: Path) -> tuple[list[dict[str, Any]], str]:
     return examples, choice
 
 
-def _example(index: int, segment: str, saved: Mapping[str, Mapping[str, _Saved]]) -> dict[str, Any]:
+def _example(index: int, segment: str, saved: Mapping[str, Mapping[str, SavedEpisode]]) -> dict[str, Any]:
     records = [saved[stage].get(segment) for stage in STAGES]
     episodes = [Episode.load(record.folder) if record else None for record in records]
     seconds = max(e.duration for e in episodes if e)

@@ -58,8 +58,8 @@ def line_chart(
     if not clean:
         return Markup('<p class="missing">No values yet.</p>')
     stacked = np.concatenate(list(clean.values()))
-    x_low, x_high = _padded(float(stacked[:, 0].min()), float(stacked[:, 0].max()), 0.0)
-    y_low, y_high = _padded(float(stacked[:, 1].min()), float(stacked[:, 1].max()), 0.06)
+    x_low, x_high = padded(float(stacked[:, 0].min()), float(stacked[:, 0].max()), 0.0)
+    y_low, y_high = padded(float(stacked[:, 1].min()), float(stacked[:, 1].max()), 0.06)
     legend_rows = math.ceil(len(clean) / 2) if len(clean) > 1 else 0
     height = _HEIGHT + 16 * legend_rows
     plot_bottom = _HEIGHT - _BOTTOM
@@ -70,7 +70,7 @@ def line_chart(
     def y_at(y: float) -> float:
         return plot_bottom - (y - y_low) / (y_high - y_low) * (plot_bottom - _TOP)
 
-    parts = [_grid(x_low, x_high, y_low, y_high, x_at, y_at, plot_bottom)]
+    parts = [grid(x_low, x_high, y_low, y_high, x_at, y_at, plot_bottom)]
     parts.append(
         Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
             (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label
@@ -122,7 +122,7 @@ def interval_plot(
         description: read by screen readers.
     """
     shown = [before] + ([after] if after is not None else [])
-    low, high = _padded(min(e[1] for e in shown), max(e[2] for e in shown), 0.05)
+    low, high = padded(min(e[1] for e in shown), max(e[2] for e in shown), 0.05)
 
     def x_at(value: float) -> float:
         return 6 + (value - low) / (high - low) * 138
@@ -148,7 +148,7 @@ def _finite(xs: Sequence[float], ys: Sequence[float]) -> np.ndarray:
     return points[np.isfinite(points).all(axis=1)]
 
 
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+def padded(low: float, high: float, share: float) -> tuple[float, float]:
     """A range that is never empty: a constant gets some room on both sides."""
     if high - low <= 1e-12 * max(1.0, abs(low), abs(high)):
         room = 0.5 * abs(low) or 0.5
@@ -157,7 +157,8 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _grid(x_low, x_high, y_low, y_high, x_at, y_at, bottom) -> Markup:
+def grid(x_low, x_high, y_low, y_high, x_at, y_at, bottom, whole: bool = True) -> Markup:
+    """Lines and numbers of both scales, and the line below; on the x scale whole numbers only, unless told else."""
     parts = []
     ticks = nice_ticks(y_low, y_high)
     for tick in ticks:
@@ -167,8 +168,9 @@ def _grid(x_low, x_high, y_low, y_high, x_at, y_at, bottom) -> Markup:
                 '<text class="tick" x="{3}" y="{4:.1f}" text-anchor="end">{5}</text>'
             ).format(_LEFT, _WIDTH - _RIGHT, y_at(tick), _LEFT - 6, y_at(tick) + 3.5, _tick(tick))
         )
-    whole = [tick for tick in nice_ticks(x_low, x_high, 6) if abs(tick - round(tick)) < 1e-9]
-    for tick in whole:
+    for tick in nice_ticks(x_low, x_high, 6):
+        if whole and abs(tick - round(tick)) >= 1e-9:
+            continue
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
                 x_at(tick), bottom + 15, _tick(tick)

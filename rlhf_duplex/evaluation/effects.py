@@ -1,0 +1,130 @@
+"""Effects of conditions: paired by seed and segment, corrected for their number; and which of them dominate."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from rlhf_duplex.evaluation.statistics import Estimate
+
+# Of one run and metric, the value of each segment.
+Column = Mapping[str, float]
+
+
+class Effect(NamedTuple):
+    """A mean difference with its 95 % interval and p-value.
+
+    Attributes:
+        mean, low, high: of the difference.
+        p: two-sided, of no difference.
+        seeds, segments: that both have; the differences are paired by both.
+        agreeing: seeds whose own mean difference has the sign of `mean`.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    segments: int
+    agreeing: int
+
+
+def paired_table(condition: Mapping[int, Column], baseline: Mapping[int, Column]) -> np.ndarray:
+    """Differences `(seeds, segments)` over the seeds that both have and the segments that all of these have.
+
+    Where they share no seed, one row: the difference of each segment's means over the seeds.
+
+    Args:
+        condition, baseline: by seed, the value of each segment.
+    """
+    seeds = [seed for seed in condition if seed in baseline]
+    if not seeds and condition and baseline:
+        means = [_over_seeds(columns) for columns in (condition, baseline)]
+        shared = [segment for segment in means[0] if segment in means[1]]
+        return np.array([[means[0][s] - means[1][s] for s in shared]]).reshape(1, len(shared))
+    columns = [column for seed in seeds for column in (condition[seed], baseline[seed])]
+    shared = [segment for segment in columns[0] if all(segment in column for column in columns)] if columns else []
+    rows = [[condition[seed][s] - baseline[seed][s] for s in shared] for seed in seeds]
+    return np.array(rows, dtype=float).reshape(len(seeds), len(shared))
+
+
+def _over_seeds(columns: Mapping[int, Column]) -> dict[str, float]:
+    shared = set.intersection(*(set(column) for column in columns.values()))
+    first = next(iter(columns.values()))
+    return {s: float(np.mean([column[s] for column in columns.values()])) for s in first if s in shared}
+
+
+def crossed_effect(differences: np.ndarray) -> Effect | None:
+    """The mean of differences `(S seeds, N segments)`, with seeds and segments both drawn from more of their kind.
+
+    The test of Clark (1973, quasi-F: "The language-as-fixed-effect fallacy"): with the mean squares of seeds A, of
+    segments B and of what is left C, the variance of the mean is (A + B - C) / SN, with Satterthwaite's degrees of
+    freedom; A and B are at least C (no component of variance is negative). With one seed (or one segment) it is the
+    paired t-test over segments (over seeds).
+
+    Returns:
+        the effect; None where there are not at least two differences.
+    """
+    seeds, segments = differences.shape
+    if seeds * segments < 2:
+        return None
+    mean = float(differences.mean())
+    by_seed, by_segment = differences.mean(axis=1), differences.mean(axis=0)
+    if min(seeds, segments) == 1:
+        variance, freedom = float(differences.var(ddof=1)) / differences.size, float(differences.size - 1)
+    else:
+        rest = differences - by_seed[:, None] - by_segment[None, :] + mean
+        c = float((rest**2).sum()) / ((seeds - 1) * (segments - 1))
+        a = max(segments * float(by_seed.var(ddof=1)), c)
+        b = max(seeds * float(by_segment.var(ddof=1)), c)
+        variance = (a + b - c) / (seeds * segments)
+        spread = a**2 / (seeds - 1) + b**2 / (segments - 1) + c**2 / ((seeds - 1) * (segments - 1))
+        freedom = (a + b - c) ** 2 / spread if spread > 0 else 1.0
+    agreeing = int((np.sign(by_seed) == np.sign(mean)).sum())
+    if variance <= 1e-18:  # every difference is the same
+        return Effect(mean, mean, mean, 1.0 if abs(mean) < 1e-12 else 0.0, seeds, segments, agreeing)
+    error = variance**0.5
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return Effect(mean, mean - half, mean + half, p, seeds, segments, agreeing)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the k-th smallest of m times m - k + 1, never falling."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def seed_interval(values: Sequence[float]) -> Estimate:
+    """Mean of one value a seed, with Student's 95 % interval; of one seed, that value alone.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not values:
+        raise ValueError("no value to estimate a mean from")
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Estimate(mean, mean, mean, 1)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1)) / len(values) ** 0.5
+    return Estimate(mean, mean - half, mean + half, len(values))
+
+
+def dominated_by(costs: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
+    """By name, those that are at least as good everywhere and better somewhere; the front has empty lists.
+
+    Args:
+        costs: by name, values of which lower is better, equally many for each.
+    """
+    table = {name: np.asarray(values, dtype=float) for name, values in costs.items()}
+
+    def beats(theirs: np.ndarray, mine: np.ndarray) -> bool:
+        return bool((theirs <= mine).all() and (theirs < mine).any())
+
+    return {name: [other for other in table if beats(table[other], mine)] for name, mine in table.items()}

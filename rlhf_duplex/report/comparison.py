@@ -1,0 +1,296 @@
+"""`comparison.html`: runs held against each other, an ablation's or any: effects, trade-offs, and two side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from envs.errors import InputError
+from envs.segments import SEGMENT_AXES
+from rlhf_duplex.evaluation.effects import Effect, crossed_effect, dominated_by, holm, paired_table, seed_interval
+from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
+from rlhf_duplex.report.build import write_page
+from rlhf_duplex.report.cards import run_cards
+from rlhf_duplex.report.labels import axis_title, interval, label, number
+from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, weight_plot
+from rlhf_duplex.report.runs import Comparison, mean_of
+
+Metric = tuple[str, str]
+
+# What arXiv 2606.11167's tables have, as far as it is measured here, and whether the words hold.
+USUAL: tuple[Metric, ...] = (
+    ("pause_handling", "takeover_rate"),
+    ("turn_taking", "takeover_rate"),
+    ("turn_taking", "latency"),
+    ("backchannel", "takeover_rate"),
+    ("backchannel", "f1"),
+    ("backchannel", "jsd"),
+    ("user_interruption", "takeover_rate"),
+    ("user_interruption", "latency"),
+    ("words", "known_pairs"),
+)
+TRADE_OFF: tuple[Metric, Metric] = (("turn_taking", "latency"), ("pause_handling", "takeover_rate"))
+SIGNIFICANT = 0.05
+
+
+def build_comparison(comparison: Comparison, path: Path) -> Path:
+    """Write the page; it loads nothing from elsewhere.
+
+    Where it lies in the folder that the runs are in, it links to each run's own report.
+
+    Raises:
+        InputError: no run is finished, an episode is damaged, or the page cannot be written.
+    """
+    if not comparison.finished:
+        raise InputError(f"no run of {comparison.title} is finished: there is nothing to compare yet")
+    metrics = shown_metrics(comparison)
+    effects = effect_rows(comparison, metrics)
+    cards = run_cards(comparison, path, [axis for axis, _ in reversed(TRADE_OFF)])
+    return write_page(
+        path,
+        "comparison.html",
+        name=comparison.title,
+        facts=_facts(comparison),
+        lead=_lead(comparison, effects),
+        metrics=[_heading(metric) for metric in metrics],
+        baseline=comparison.baseline,
+        baseline_cells=[_baseline_cell(comparison, metric) for metric in metrics],
+        effects=effects,
+        condition_plots=_condition_plots(comparison, metrics),
+        weight_plots=_weight_plots(comparison, metrics),
+        front=_front(comparison, cards),
+        dominated=_dominated(comparison, metrics),
+        cards=cards,
+        data=_data(comparison, metrics, cards),
+        unfinished=[run for run in comparison.runs if run.after is None],
+        skipped=comparison.skipped,
+    )
+
+
+def shown_metrics(comparison: Comparison) -> list[Metric]:
+    """The metrics of the page: those asked for, or the usual ones and the reward of every further axis.
+
+    Raises:
+        InputError: a metric that was asked for is not there.
+    """
+    known: dict[Metric, None] = {}
+    for run in comparison.finished:
+        known |= {(axis, metric): None for axis, row in (run.after or {})["axes"].items() for metric in row}
+    if comparison.metrics:
+        wanted = [(axis, metric) for axis, _, metric in (name.partition(".") for name in comparison.metrics)]
+        missing = [metric for metric in wanted if metric not in known]
+        if missing:
+            there = ", ".join(".".join(metric) for metric in known)
+            raise InputError(f"metric {'.'.join(missing[0])} is in no result: there are {there}")
+        return wanted
+    more = [(axis, metric) for axis, metric in known if metric == "reward" and axis not in SEGMENT_AXES]
+    return [metric for metric in USUAL if metric in known] + more
+
+
+def effect_rows(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """A row a condition but the baseline, a cell a metric; p-values are corrected over the conditions of a metric."""
+    base = {run.seed: run for run in comparison.of(comparison.baseline)}
+    names = [name for name in comparison.conditions if name != comparison.baseline and comparison.of(name)]
+    rows: list[dict[str, Any]] = [{"name": name, "cells": []} for name in names]
+    for axis, metric in metrics:
+        found: list[Effect | None] = []
+        for name in names:
+            runs = {run.seed: run.column(axis, metric) for run in comparison.of(name)}
+            table = paired_table(runs, {seed: run.column(axis, metric) for seed, run in base.items()})
+            found.append(crossed_effect(table) if table.shape[1] >= MIN_SEGMENTS else None)
+        corrected = iter(holm([effect.p for effect in found if effect is not None]))
+        for row, effect in zip(rows, found, strict=True):
+            row["cells"].append(None if effect is None else _effect_cell(axis, metric, effect, next(corrected)))
+    return rows
+
+
+def _effect_cell(axis: str, metric: str, effect: Effect, p: float) -> dict[str, Any]:
+    unit, sign = label(axis, metric).unit, direction(axis, metric)
+    clear = p < SIGNIFICANT
+    word = ("changed" if sign == 0 else "better" if (effect.mean > 0) == (sign > 0) else "worse") if clear else ""
+    return {
+        "metric": (axis, metric),
+        "difference": number(effect.mean, unit, signed=True),
+        "interval": interval(effect.low, effect.high, unit, signed=True),
+        "p": "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}",
+        "seeds": f"{effect.agreeing} of {effect.seeds} seeds",
+        "segments": effect.segments,
+        "verdict": word,
+    }
+
+
+def _heading(metric: Metric) -> dict[str, str]:
+    words = label(*metric)
+    goal = {1: "higher is better", -1: "lower is better"}.get(direction(*metric), "")
+    return {"axis": axis_title(metric[0]), "name": words.name, "meaning": words.meaning, "goal": goal}
+
+
+def _title(metric: Metric) -> str:
+    return f"{axis_title(metric[0])}: {label(*metric).name}"
+
+
+def _baseline_cell(comparison: Comparison, metric: Metric) -> dict[str, str] | None:
+    values = _values(comparison, comparison.baseline, metric)
+    if not values:
+        return None
+    estimate, unit = seed_interval(values), label(*metric).unit
+    spread = interval(min(values), max(values), unit) if len(values) > 1 else "one seed"
+    return {"mean": number(estimate.mean, unit), "range": spread}
+
+
+def _values(comparison: Comparison, condition: str, metric: Metric) -> list[float]:
+    means = [run.mean(*metric) for run in comparison.of(condition)]
+    return [mean for mean in means if mean is not None]
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    runs = comparison.runs
+    seeds = sorted({run.seed for run in runs})
+    first = comparison.finished[0].after or {}
+    segments = {s for metrics in first.get("segments", {}).values() for column in metrics.values() for s in column}
+    facts = [
+        ("Base", comparison.base),
+        ("Conditions", str(len(comparison.conditions))),
+        ("Seeds", ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{len(seeds)}"),
+        ("Runs", f"{len(comparison.finished)} finished of {len(runs)}"),
+        ("Held against", comparison.baseline),
+        ("Held-out segments", str(len(segments))),
+        ("Lead-in before each segment", f"{first.get('lead_in_seconds', '?')} s of silence"),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _lead(comparison: Comparison, effects: Sequence[dict[str, Any]]) -> str:
+    clear = [
+        f"{row['name']}: {_title(cell['metric']).lower()} {cell['difference']}"
+        for row in effects
+        for cell in row["cells"]
+        if cell and cell["verdict"] in ("better", "worse")
+    ]
+    if not effects:
+        return "There is no second condition with a finished run yet."
+    if not clear:
+        return f"No condition differs clearly from {comparison.baseline} on any of these metrics."
+    more = f"; and {len(clear) - 6} more" if len(clear) > 6 else ""
+    return f"Against {comparison.baseline}, clear beyond chance: {'; '.join(clear[:6])}{more}."
+
+
+def _factor(metric: Metric) -> float:
+    return 100.0 if label(*metric).unit == "%" else 1.0
+
+
+def _with_unit(metric: Metric) -> str:
+    words = label(*metric)
+    return f"{words.name} ({words.unit})" if words.unit else words.name
+
+
+def _condition_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[tuple[str, Markup]]:
+    names = [comparison.baseline, *(name for name in comparison.conditions if name != comparison.baseline)]
+    plots = []
+    for number_, metric in enumerate(metrics):
+        rows = []
+        for name in names:
+            values = [_factor(metric) * value for value in _values(comparison, name, metric)]
+            if values:
+                rows.append(Row(name, values, seed_interval(values)))
+        if rows:
+            plots.append((_title(metric), condition_plot(_title(metric), rows, _with_unit(metric), f"m{number_}")))
+    return plots
+
+
+def varied_numbers(comparison: Comparison) -> dict[str, list[str]]:
+    """Keys to plot metrics against, each with the conditions whose means are joined by a line.
+
+    These are the conditions that differ from the baseline in this key alone; where there are none (a simplex sweep
+    moves several weights at once) and the key has three values or more, all conditions.
+    """
+    base = comparison.conditions[comparison.baseline]
+    found = {}
+    for key in dict.fromkeys(key for values in comparison.conditions.values() for key in values):
+        numbers = {n: v[key] for n, v in comparison.conditions.items() if _is_number(v.get(key))}
+        alone = [n for n in numbers if all(comparison.conditions[n].get(k) == base.get(k) for k in base if k != key)]
+        if len({numbers[name] for name in alone}) > 1:
+            found[key] = alone
+        elif len(set(numbers.values())) > 2:
+            found[key] = list(numbers)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _weight_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    sections = []
+    for section, (key, joined) in enumerate(varied_numbers(comparison).items()):
+        plots = []
+        for number_, metric in enumerate(metrics):
+            points: list[tuple[float, float]] = []
+            groups: dict[float, list[float]] = {}
+            for name, values in comparison.conditions.items():
+                if not _is_number(values.get(key)):
+                    continue
+                x, ys = float(values[key]), [_factor(metric) * y for y in _values(comparison, name, metric)]
+                points += [(x, y) for y in ys]
+                if name in joined:
+                    groups.setdefault(x, []).extend(ys)
+            means = [(x, seed_interval(ys)) for x, ys in sorted(groups.items()) if ys]
+            if points:
+                drawn = weight_plot(_title(metric), points, means, key, _with_unit(metric), f"w{section}-{number_}")
+                plots.append((_title(metric), drawn))
+        others = len(joined) < len(comparison.conditions)
+        sections.append({"key": key, "plots": plots, "alone": others})
+    return sections
+
+
+def _front(comparison: Comparison, cards: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The plot of the trade-off over all runs."""
+    x, y = TRADE_OFF
+    runs = [run for run in comparison.finished if run.mean(*x) is not None and run.mean(*y) is not None]
+    if not runs:
+        return None
+    costs = {r.name: (_factor(x) * float(r.mean(*x) or 0.0), _factor(y) * float(r.mean(*y) or 0.0)) for r in runs}
+    beaten = dominated_by(costs)
+    conditions = list(comparison.conditions)
+    numbers = {card["name"]: card["index"] for card in cards}
+    points = [
+        Point(numbers[r.name], r.name, *costs[r.name], not beaten[r.name], conditions.index(r.condition)) for r in runs
+    ]
+    x_label, y_label = (f"{axis_title(m[0]).lower()} {_with_unit(m)}" for m in TRADE_OFF)
+    return {
+        "plot": front_plot("Pause takeovers against turn latency", points, x_label, y_label, "front"),
+        "best": [run.name for run in runs if not beaten[run.name]],
+        "legend": [(name, index % 6) for index, name in enumerate(conditions) if comparison.of(name)],
+    }
+
+
+def _dominated(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """By condition, on its means over seeds: what dominates it in the trade-off, and on all metrics of the page."""
+    names = [name for name in comparison.conditions if comparison.of(name)]
+    directed = [m for m in metrics if direction(*m) and all(_values(comparison, name, m) for name in names)]
+
+    def costs(wanted: Sequence[Metric]) -> dict[str, list[float]]:
+        return {n: [-direction(*m) * float(np.mean(_values(comparison, n, m))) for m in wanted] for n in names}
+
+    pair = dominated_by(costs(TRADE_OFF)) if all(m in directed for m in TRADE_OFF) else {name: [] for name in names}
+    whole = dominated_by(costs(directed))
+    return [{"name": name, "pair": pair[name], "all": whole[name]} for name in names]
+
+
+def _data(comparison: Comparison, metrics: Sequence[Metric], cards: Sequence[dict[str, Any]]) -> Markup:
+    """For the script: by metric and run, the value of each segment, to three decimals."""
+    results: list[Any] = [run.after for run in comparison.finished]
+    results += [next(run.before for run in comparison.finished if run.before is not None)] * (len(cards) - len(results))
+    rows = []
+    for axis, metric in metrics:
+        columns = [(r or {}).get("segments", {}).get(axis, {}).get(metric, {}) for r in results]
+        segments = sorted({segment for column in columns for segment in column})
+        values = [[round(c[s], 3) if s in c else None for s in segments] for c in columns]
+        title, unit = _title((axis, metric)), label(axis, metric).unit
+        means = [mean_of(result, axis, metric) for result in results]
+        rows.append({"title": title, "unit": unit, "sign": direction(axis, metric), "values": values, "means": means})
+    text = json.dumps(rows, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

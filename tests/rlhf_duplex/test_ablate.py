@@ -1,0 +1,213 @@
+"""Ablations with real trials in their own processes: failures of every kind, kills, Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from envs.errors import InputError
+from envs.segments import write_manifest
+from rlhf_duplex.ablate.plan import load_plan
+from rlhf_duplex.ablate.run import ablate
+from rlhf_duplex.ablate.trial import read_record
+from rlhf_duplex.cli import main
+
+ROOT = Path(__file__).parents[2]
+AXIS = '''
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+from rewards import RewardAxis, Score, register_axis
+
+@register_axis
+@dataclass
+class Trouble(RewardAxis):
+    """What goes wrong in the second update."""
+    kind: str = "none"
+    value: float = 0.0
+    name = "trouble"
+
+    def score_episode(self, episode):
+        if episode.policy_version >= 1:
+            if self.kind == "memory":
+                bytearray(64 << 30)
+            once = Path(__file__).with_name("was_killed")
+            if self.kind == "killed" or (self.kind == "killed once" and not once.exists()):
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+            if self.kind == "raises":
+                raise KeyError("what the axis forgot")
+        return Score(self.value)
+'''
+
+
+def write_base(folder: Path, one_of_each) -> Path:
+    """A configuration that trains in seconds: two short segments, two updates of two groups of two."""
+    wanted = [s for s in one_of_each if s.axis in ("pause_handling", "turn_taking")]
+    write_manifest(folder / "segments.jsonl", wanted)
+    (folder / "trouble.py").write_text(AXIS)
+    path = folder / "base.yaml"
+    path.write_text(
+        f"checkpoint: nano\nsegments: {folder}/segments.jsonl\nevaluation: {{segments: {folder}/segments.jsonl}}\n"
+        "trainer: {updates: 2, groups: 2, group_size: 2, minibatch: 4}\ncontext: {probability: 0.0, lead_in: 0.4}\n"
+        "checkpointing: {every: 1}\n"
+        f"rewards: {{pause_handling: {{}}, turn_taking: {{}}, trouble: {{weight: 0, target: {folder}/trouble.py}}}}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, one_of_each):
+    """An ablation of which every condition but the first fails in a way of its own."""
+    folder = tmp_path_factory.mktemp("failures")
+    base = write_base(folder, one_of_each)
+    assert main(["evaluate", str(base), f"run_dir={folder}/begin"]) == 0
+    (folder / "ablation.yaml").write_text(
+        f"base: {base}\nrun_dir: {folder}/run\nseeds: [3]\nmemory_gb: 16\nretries: 0\n"
+        f"overrides: {{evaluation.before: {folder}/begin/evaluation/before.json}}\n"
+        "grid: {rewards.trouble.kind: [none, raises, memory, killed]}\n"
+        "conditions: [{name: diverges, overrides: {optimiser.learning_rate: 1.0e+30, optimiser.warmup_updates: 0}}]\n"
+    )
+    plan = load_plan(folder / "ablation.yaml")
+    ablate(plan)
+    return plan
+
+
+def test_failures_leave_the_other_trials_alone(ended):
+    states = pd.read_csv(ended.run_dir / "trials.csv", keep_default_na=False).set_index("condition")
+    assert states["status"].to_dict() == {
+        "diverges": "failed",
+        "trouble.kind none": "done",
+        "trouble.kind raises": "failed",
+        "trouble.kind memory": "failed",
+        "trouble.kind killed": "failed",
+    }
+    assert states["attempts"].tolist() == [1] * 5
+    why = states["why"]
+    assert why["diverges"].startswith("NonFiniteError: ")
+    assert why["trouble.kind raises"] == "KeyError: 'what the axis forgot'"
+    assert why["trouble.kind memory"].startswith("MemoryError")
+    assert "most likely it ran out of memory" in why["trouble.kind killed"]
+    record = read_record(ended.run_dir, "trouble.kind_raises_seed3")
+    assert "trouble.py" in record.traceback
+
+
+def test_the_table_is_tidy_and_the_same_in_both_files(ended):
+    table = pd.read_csv(ended.run_dir / "table.csv")
+    pd.testing.assert_frame_equal(table, pd.read_parquet(ended.run_dir / "table.parquet"), check_dtype=False)
+    assert set(table["trial"]) == {"trouble.kind_none_seed3"}
+    assert not table.duplicated(["trial", "axis", "metric"]).any()
+    assert set(table["rewards.trouble.kind"]) == {"none"}
+    after = json.loads((ended.run_dir / "trials" / table["trial"][0] / "evaluation" / "after.json").read_text())
+    row = table[(table["axis"] == "turn_taking") & (table["metric"] == "reward")].iloc[0]
+    assert row["after"] == pytest.approx(after["axes"]["turn_taking"]["reward"]["mean"])
+    assert row["n"] == 1
+
+
+def test_the_page_says_which_failed_and_why(ended):
+    page = (ended.run_dir / "report.html").read_text()
+    for reason in ("NonFiniteError", "what the axis forgot", "MemoryError", "most likely it ran out of memory"):
+        assert reason in page
+
+
+def test_what_has_ended_is_not_run_again(ended, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)  # would fail, were a trial started
+    before = {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
+    ablate(ended)
+    assert before == {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
+
+
+def test_the_policy_before_training_is_taken_not_played_again(ended):
+    source = ended.run_dir.parent / "begin" / "evaluation"
+    mine = ended.run_dir / "trials" / "trouble.kind_none_seed3" / "evaluation"
+    assert (mine / "before.json").read_bytes() == (source / "before.json").read_bytes()
+    kept = sorted(p.relative_to(source) for p in source.rglob("*.json"))
+    assert kept == sorted(p.relative_to(mine) for p in mine.rglob("*.json") if "after" not in str(p.relative_to(mine)))
+
+
+def test_another_configuration_in_the_same_folder_is_refused(ended, tmp_path):
+    path = ended.run_dir.parent / "ablation.yaml"
+    changed = load_plan(path, ["trainer.clip=0.5"])
+    with pytest.raises(InputError, match=r"trainer\.clip was 0\.2 and is 0\.5\): choose another folder"):
+        ablate(changed)
+    assert load_plan(path, [f"run_dir={tmp_path}/run"]).run_dir == tmp_path / "run"
+
+
+def worker_of(root: Path) -> list[int]:
+    """Processes that train under a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "rlhf_duplex.ablate.worker" in command and str(root) in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
+    base = write_base(tmp_path, one_of_each)
+    path = tmp_path / "ablation.yaml"
+    path.write_text(f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\ngrid: {{trainer.kl_beta: [0.01, 0.1]}}\n")
+    command = [sys.executable, "-m", "rlhf_duplex.cli", "ablate", str(path)]
+    first, second = (tmp_path / "run" / "trials" / f"kl_beta_{beta}_seed3" for beta in ("0.01", "0.1"))
+    deadline = time.monotonic() + 600
+    with open(tmp_path / "log", "w") as log:
+        for reached in (first / "checkpoints" / "step_000001", second / "checkpoints"):
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                while not reached.exists():
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            finally:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            while worker_of(tmp_path):  # it dies with whoever started it
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finished = {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()}
+        assert (first / "evaluation" / "after.json") in finished
+        assert subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode == 0
+    assert finished == {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()}
+    assert not list((tmp_path / "run" / "trials").glob("*.old-*"))
+    assert (tmp_path / "log").read_text().count("evaluating the policy") == 1
+    plan = load_plan(path)
+    assert [read_record(plan.run_dir, trial.name).status for trial in plan.trials] == ["done", "done"]
+    # kl_beta 0.01 is the base, which ran without interruption in the other ablation.
+    columns = ["axis", "metric", "before", "after", "low", "high", "n", "difference"]
+    mine, theirs = (pd.read_csv(run / "table.csv") for run in (plan.run_dir, ended.run_dir))
+    mine = mine[mine["trial"] == "kl_beta_0.01_seed3"][columns].sort_values(["axis", "metric"], ignore_index=True)
+    theirs = theirs[columns].sort_values(["axis", "metric"], ignore_index=True)
+    pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+
+
+@pytest.mark.timeout(900)
+def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, ended):
+    base = write_base(tmp_path, one_of_each)
+    before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
+    path = tmp_path / "ablation.yaml"
+    path.write_text(
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nconditions:\n"
+        "- {name: good, overrides: {rewards.trouble.value: 1.0, rewards.trouble.kind: killed once}}\n"
+        "- {name: bad, overrides: {rewards.trouble.value: 0.0}}\n"
+        f"overrides: {{evaluation.before: {before}, trainer.updates: 4}}\nworkers: 1\n"
+        "asha: {metric: reward/trouble, grace: 1, reduction: 2}\n"
+    )
+    plan = load_plan(path)
+    ablate(plan)
+    good, bad = (read_record(plan.run_dir, trial.name) for trial in plan.trials)
+    assert (good.status, good.attempts) == ("done", 2)
+    assert bad.status == "stopped early"
+    assert bad.why.startswith("behind after ")
+    assert set(pd.read_csv(plan.run_dir / "table.csv")["trial"]) == {plan.trials[0].name}
+    assert not worker_of(tmp_path)
+    assert "stopped early" in (plan.run_dir / "report.html").read_text()

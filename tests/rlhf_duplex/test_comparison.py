@@ -1,0 +1,194 @@
+"""The page that holds runs against each other, from stored results with hostile words in them."""
+
+import json
+import re
+
+import pytest
+from stored_trials import values, write_ablation, write_run
+from test_report import HOSTILE, Page
+
+from envs.errors import InputError
+from rlhf_duplex.cli import main
+from rlhf_duplex.report.comparison import build_comparison, effect_rows, shown_metrics, varied_numbers
+from rlhf_duplex.report.runs import Comparison, Run, leaves, read_ablation, read_runs, varied_keys
+
+WEIGHT, BETA = "rewards.pause_handling.weight", "trainer.kl_beta"
+CONDITIONS = {
+    "full": ({WEIGHT: 1.0, BETA: 0.01}, 0.25, 0.5),
+    f"without pause {HOSTILE}": ({WEIGHT: 0.0, BETA: 0.01}, 1.0, 0.3),
+    "half": ({WEIGHT: 0.5, BETA: 0.01}, 0.5, 0.4),
+    "worst": ({WEIGHT: 0.5, BETA: 0.1}, 1.0, 0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_ablation(tmp_path_factory.mktemp("ablation") / "run", CONDITIONS)
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return build_comparison(read_ablation(folder), folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(page):
+    parsed = Page(page)
+    assert "http://" not in page
+    assert "https://" not in page
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    referred = [i for _, a in parsed.tags for i in a.get("aria-labelledby", "").split()]
+    assert set(referred) <= set(ids)
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 3  # its own, the player's, and the data
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert any(HOSTILE in data for data in parsed.text)
+    assert all("scope" in attributes for tag, attributes in parsed.tags if tag == "th")
+
+
+def test_links_lead_to_reports_that_are_there(page, folder):
+    links = [a["href"] for tag, a in Page(page).tags if tag == "a" and not a["href"].startswith("#")]
+    assert len(links) == 12  # a run each
+    assert all((folder / link).is_file() for link in links)
+    anchors = {a["href"][1:] for tag, a in Page(page).tags if tag == "a" and a["href"].startswith("#")}
+    assert anchors <= {a["id"] for _, a in Page(page).tags if "id" in a}
+    assert len(anchors) == 12  # a point of the trade-off each
+
+
+def test_effects_are_in_words_and_marked(page):
+    text = " ".join("".join(Page(page).text).split())
+    assert "Effects against full" in text
+    # 8 of 8 segments instead of 2 of 8 are taken over.
+    assert "pause handling: takeover rate +75 %" in text
+    assert "3 of 3 seeds, 8 segments" in text
+    assert re.search(r'class="worse">✗ \+75 %', page)
+    assert re.search(r'class="better">✓ \u22120\.\d\d s', page)
+
+
+def test_every_run_has_a_card_with_the_same_two_segments(page):
+    parsed = Page(page)
+    cards = [a["id"] for tag, a in parsed.tags if a.get("class") == "card"]
+    assert len(cards) == 13  # 12 runs and the policy before training
+    players = [a for tag, a in parsed.tags if tag == "audio"]
+    assert len(players) == 26
+    assert sum(a.get("class") == "timeline" for tag, a in parsed.tags if tag == "svg") == 26
+    assert sum(tag == "option" for tag, _ in parsed.tags) == 26
+
+
+def test_the_data_of_the_script(page):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    rows = json.loads(found.group(1))
+    assert [row["title"] for row in rows] == [
+        "Pause handling: takeover rate",
+        "Turn-taking: latency",
+        "speech_rate: reward",
+    ]
+    assert [len(row["values"]) for row in rows] == [13, 13, 13]
+    assert rows[0]["values"][0] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert rows[0]["means"][0] == 0.25
+    assert (rows[0]["sign"], rows[1]["sign"], rows[2]["sign"]) == (-1, -1, 1)
+
+
+def test_failures_and_what_was_left_out_are_told(page):
+    text = "".join(Page(page).text)
+    assert "NonFiniteError: loss is nan" in text
+    assert "failed, 2 attempts" in text
+    assert "the base has no judged axis" in text
+
+
+def test_who_dominates(page, folder):
+    text = " ".join("".join(Page(page).text).split())
+    # full (0.25, 0.5), without pause (1, 0.3) and half (0.5, 0.4) trade off; worst (1, 0.9) is beaten by all.
+    best = re.search(r"On the front: (.*?)\.", text).group(1).split(", ")
+    assert best
+    assert not {"3_seed0", "7_seed1", "11_seed2"} & set(best)  # those of `worst`
+    row = re.search(r'<th scope="row">worst</th><td>(.*?)</td>', page).group(1)
+    assert row.startswith("full, without pause")
+    assert row.endswith("half")
+    assert '<th scope="row">half</th><td>none</td>' in page
+
+
+def test_keys_to_plot_against(folder):
+    comparison = read_ablation(folder)
+    # kl_beta is not alone in `worst`, and has but two values.
+    assert varied_numbers(comparison) == {WEIGHT: ["full", f"without pause {HOSTILE}", "half"]}
+    simplex = {f"{a}": {"x": a, "y": 2 - a} for a in (0.0, 1.0, 2.0)}
+    whole = Comparison("t", (), simplex, "1.0")
+    assert varied_numbers(whole) == {"x": ["0.0", "1.0", "2.0"], "y": ["0.0", "1.0", "2.0"]}
+
+
+def test_p_values_are_corrected_over_the_conditions_of_a_metric(folder):
+    comparison = read_ablation(folder)
+    metrics = shown_metrics(comparison)
+    rows = effect_rows(comparison, metrics)
+    assert [row["name"] for row in rows] == [*CONDITIONS][1:]
+    assert all(len(row["cells"]) == 3 for row in rows)
+    # The rewards of `speech_rate` differ by noise alone.
+    assert not any(row["cells"][2]["verdict"] for row in rows)
+
+
+def test_asked_for_metrics():
+    result = {"axes": {"turn_taking": {"latency": {"mean": 1.0}}}, "segments": {}}
+    run = Run("a", "a", 0, None, after=result)
+    assert shown_metrics(Comparison("t", (run,), {"a": {}}, "a", ("turn_taking.latency",))) == [
+        ("turn_taking", "latency")
+    ]
+    with pytest.raises(InputError, match=r"turn_taking\.f1 is in no result: there are turn_taking\.latency"):
+        shown_metrics(Comparison("t", (run,), {"a": {}}, "a", ("turn_taking.f1",)))
+
+
+def test_any_runs_are_compared(tmp_path, capsys):
+    before = values(0.75, 1.5, 9)
+    for seed in (0, 1):
+        for beta, pause in ((0.01, 0.25), (0.1, 0.75)):
+            config = f"seed: {seed}\nrun_dir: x{seed}{beta}\ntrainer: {{kl_beta: {beta}, clip: 0.2}}\n"
+            write_run(tmp_path / f"beta{beta}_{seed}", values(pause, 1.0, seed), before, config, episodes=False)
+    folders = [tmp_path / f"beta{beta}_{seed}" for beta in (0.01, 0.1) for seed in (0, 1)]
+    comparison = read_runs(folders)
+    assert comparison.baseline == "beta0.01_0"
+    assert comparison.conditions == {"beta0.01_0": {BETA: 0.01}, "beta0.1_0": {BETA: 0.1}}
+    assert [(r.condition, r.seed) for r in comparison.runs] == [
+        ("beta0.01_0", 0),
+        ("beta0.01_0", 1),
+        ("beta0.1_0", 0),
+        ("beta0.1_0", 1),
+    ]
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), "--out", str(out)]) == 0
+    assert f"wrote {out}" in capsys.readouterr().out
+    assert "Against trainer.kl_beta" in "".join(Page(out.read_text()).text)
+    assert "too few segments" not in out.read_text().split("<script")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{0}/a", "{0}/none"], "none is no run folder"),
+        (["{0}/a", "{0}/a"], "the same run is given twice"),
+        (["{0}/a", "{0}/c"], "have the same configuration and seed"),
+        (["{0}/a", "{0}/b"], "b has no evaluation/after.json"),
+        (["{0}/a", "--out", "{0}/x.html"], "--out is for a comparison"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, capsys, arguments, message):
+    for name in ("a", "c"):
+        write_run(tmp_path / name, values(0.5, 1, 0), values(0.5, 1, 0), episodes=False)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.yaml").write_text("seed: 1\n")
+    assert main(["report", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_an_ablation_without_a_finished_run(tmp_path):
+    write_ablation(tmp_path / "run", {"full": ({}, 0.5, 1.0)}, seeds=())
+    with pytest.raises(InputError, match="nothing to compare yet"):
+        build_comparison(read_ablation(tmp_path / "run"), tmp_path / "page.html")
+    (tmp_path / "run" / "ablation.json").write_text("{}")
+    with pytest.raises(InputError, match=r"ablation\.json is damaged"):
+        read_ablation(tmp_path / "run")
+
+
+def test_what_differs_between_configurations():
+    configs = [leaves({"seed": n, "trainer": {"clip": 0.2, "betas": [1, n]}, "checkpoint": "nano"}) for n in (0, 1)]
+    assert varied_keys(configs) == ["trainer.betas"]
