@@ -25,6 +25,42 @@ _FLAGS = (
     "--window-size=1260,1000",
 )
 
+# Plays the first player, and looks at what a person needs: names, headers, keyboard, contrast, width.
+INSPECTION = """(async () => {
+  const players = [...document.querySelectorAll("audio")];
+  const player = players[0];
+  await player.play();
+  await new Promise((done) => setTimeout(done, 700));
+  const head = player.closest(".side").querySelector(".playhead");
+  const result = {
+    players: players.length, time: player.currentTime, duration: player.duration,
+    head: head.style.visibility, moved: head.getAttribute("transform"),
+    scripts: document.scripts.length, alerted: Boolean(window.alerted), images: document.images.length,
+    headless: [...document.querySelectorAll("table")].filter((t) => !t.querySelector("th[scope=col]")).length,
+    unlabelled: [...document.querySelectorAll("audio")].filter((a) => !a.getAttribute("aria-label")).length,
+    regions: [...document.querySelectorAll("[role=region]")].every((r) => r.tabIndex === 0),
+    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    contrast: 21, text: document.body.innerText,
+  };
+  player.pause();
+  const luminance = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => {
+      c = Number(c) / 255;
+      return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  for (const element of document.querySelectorAll("main *, header *")) {
+    if (element instanceof SVGElement || !element.innerText || element.children.length) continue;
+    let behind = element;
+    while (behind && getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+    const back = behind ? getComputedStyle(behind).backgroundColor : "rgb(255, 255, 255)";
+    const pair = [luminance(getComputedStyle(element).color), luminance(back)].sort((a, b) => b - a);
+    result.contrast = Math.min(result.contrast, (pair[0] + 0.05) / (pair[1] + 0.05));
+  }
+  return result;
+})()"""
+
 
 def visit(path: Path, script: str, screenshot: Path | None = None, seconds: float = 60.0) -> dict:
     """Open a page, run a script in it, and say what happened.

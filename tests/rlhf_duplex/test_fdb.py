@@ -81,7 +81,9 @@ def write_backchannel(folder, index, segments):
     def burst(seconds):
         return speech[: round(seconds * RATE)]
 
-    placed = [[], [(1.0, 0.5), (5.0, 0.5)], [(3.0, 0.6)], [(1.0, 2.0), (6.0, 0.5)], [(0.5, 3.35), (6.5, 0.5)]][index % 5]
+    placed = [[], [(1.0, 0.5), (5.0, 0.5)], [(3.0, 0.6)], [(1.0, 2.0), (6.0, 0.5)], [(0.5, 3.35), (6.5, 0.5)]][
+        index % 5
+    ]
     audio = np.zeros(8 * RATE, dtype=np.float32)
     words = []
     for start, seconds in placed:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from browser import CHROMIUM, INSPECTION, visit
 
 from envs.episode import Episode
 from envs.errors import InputError
@@ -326,6 +327,24 @@ def test_worst_episode_comes_first(tmp_path):
         "User interruption",
     ]
     assert "backchannel-2" in headings[2]
+
+
+def test_page_in_a_browser(page, tmp_path):
+    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    seen = visit(path, INSPECTION)
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    value = seen["value"]
+    assert value["players"] == 24
+    assert value["time"] > 0.2
+    assert value["head"] == "visible"
+    assert (value["scripts"], value["alerted"], value["images"]) == (1, False, 0)
+    assert (value["headless"], value["unlabelled"], value["regions"]) == (0, 0, True)
+    assert value["wide"] <= 0
+    assert value["contrast"] >= 4.5
+    assert HOSTILE in value["text"]
 
 
 def test_chart_arithmetic():

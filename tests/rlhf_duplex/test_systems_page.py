@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, visit
+from browser import CHROMIUM, INSPECTION, visit
 from test_report import AGENT, HOSTILE, Page, make_episode
 
 from rlhf_duplex.evaluation.cases import Case, load_cases, save_cases, worst_first
@@ -12,41 +12,6 @@ from rlhf_duplex.evaluation.comparison import compare
 from rlhf_duplex.evaluation.distributions import backchannel_timing, position_shares
 from rlhf_duplex.evaluation.metrics import write_results
 from rlhf_duplex.report.systems import build_systems_page
-
-SCRIPT = """(async () => {
-  const players = [...document.querySelectorAll("audio")];
-  const player = players[0];
-  await player.play();
-  await new Promise((done) => setTimeout(done, 700));
-  const head = player.closest(".side").querySelector(".playhead");
-  const result = {
-    players: players.length, time: player.currentTime, duration: player.duration,
-    head: head.style.visibility, moved: head.getAttribute("transform"),
-    scripts: document.scripts.length, alerted: Boolean(window.alerted), images: document.images.length,
-    headless: [...document.querySelectorAll("table")].filter((t) => !t.querySelector("th[scope=col]")).length,
-    unlabelled: [...document.querySelectorAll("audio")].filter((a) => !a.getAttribute("aria-label")).length,
-    regions: [...document.querySelectorAll("[role=region]")].every((r) => r.tabIndex === 0),
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    contrast: 21, text: document.body.innerText,
-  };
-  player.pause();
-  const luminance = (colour) => {
-    const [r, g, b] = colour.match(/[\\d.]+/g).map((c) => {
-      c = Number(c) / 255;
-      return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  for (const element of document.querySelectorAll("main *, header *")) {
-    if (element instanceof SVGElement || !element.innerText || element.children.length) continue;
-    let behind = element;
-    while (behind && getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
-    const back = behind ? getComputedStyle(behind).backgroundColor : "rgb(255, 255, 255)";
-    const pair = [luminance(getComputedStyle(element).color), luminance(back)].sort((a, b) => b - a);
-    result.contrast = Math.min(result.contrast, (pair[0] + 0.05) / (pair[1] + 0.05));
-  }
-  return result;
-})()"""
 
 
 def system(folder, name, shift, seed=0):
@@ -105,7 +70,7 @@ def test_page_is_whole_and_hostile_text_is_text(results):
 def test_page_in_a_browser(results, tmp_path):
     assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
     folder, found = results
-    seen = visit(build_systems_page(folder, found), SCRIPT, tmp_path / "page.png")
+    seen = visit(build_systems_page(folder, found), INSPECTION, tmp_path / "page.png")
     assert seen["errors"] == []
     assert seen["requests"] == []
     value = seen["value"]

@@ -111,7 +111,7 @@ def read_benchmark(data: Path, suite: str) -> list[Sample]:
     samples = [
         _sample(suite, known[folder.name], sample)
         for folder in folders
-        for sample in sorted((s for s in folder.iterdir() if (s / "input.wav").exists()), key=_by_number)
+        for sample in sorted((s for s in folder.iterdir() if _is_sample(s)), key=_by_number)
     ]
     if not samples:
         raise InputError(
@@ -123,6 +123,10 @@ def read_benchmark(data: Path, suite: str) -> list[Sample]:
     if doubled:
         raise InputError(f"--data {data} has two folders of {doubled[0]}: keep one")
     return samples
+
+
+def _is_sample(folder: Path) -> bool:
+    return not folder.name.startswith(".") and (folder / "input.wav").exists()
 
 
 def _by_number(folder: Path) -> tuple[int, str]:
