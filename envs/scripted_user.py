@@ -111,13 +111,18 @@ def draw_scripts(
                 )
             )
             length += utterance.seconds
-        scripts.append(Script(f"live-{seed}-{index:04d}", tuple(moves)))
+        scripts.append(Script(script_id(seed, index), tuple(moves)))
     return scripts
 
 
-def dialogue_segments(scripts: Sequence[Script], seconds: float) -> list[Segment]:
+def script_id(seed: int, index: int) -> str:
+    """The name of a script that `draw_scripts` draws, and of its dialogue."""
+    return f"live-{seed}-{index:04d}"
+
+
+def dialogue_segments(ids: Sequence[str], seconds: float) -> list[Segment]:
     """The dialogues of scripts as segments: ids and a length; there is no recording of them."""
-    return [Segment(script.id, "turn_taking", Path(f"{script.id}.live"), 1, 0.0, seconds) for script in scripts]
+    return [Segment(name, "turn_taking", Path(f"{name}.live"), 1, 0.0, seconds) for name in ids]
 
 
 class _Speaker:

@@ -37,7 +37,7 @@ from rlhf_duplex.evaluation.during import evaluate_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import Scores, evaluate_policy, take_before
 from rlhf_duplex.learner import Learner, make_batch
-from rlhf_duplex.live import training_environment
+from rlhf_duplex.live import training_environment, training_segments
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
@@ -206,7 +206,7 @@ class Trainer:
         self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
-        self.training_env, self.training_segments = training_environment(config, self.env, inputs)
+        self.training_env = training_environment(config, self.env, inputs)
         self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
         self.update = 0
         if config.resume:
@@ -248,7 +248,7 @@ class Trainer:
         """The episodes of the next update, their scores, and the seconds that each stage took."""
         config, update = self.config, self.update
         trainer = config.trainer
-        groups = segments_of_update(self.training_segments, update, trainer.groups, config.seed)
+        groups = segments_of_update(training_segments(config, self.inputs), update, trainer.groups, config.seed)
         rng = np.random.default_rng((config.seed, update))
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]

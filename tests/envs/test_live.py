@@ -55,7 +55,7 @@ def agent_codes(nano, seconds, spoken, voice):
 def play(nano, silero, stream, script, seconds, spoken, voice, lead_in=0.4):
     """A dialogue with an agent that speaks in these intervals whatever the user does."""
     user = ScriptedUser([script], nano.codec, stream, silero, lead_in)
-    (dialogue,) = dialogue_segments([script], seconds)
+    (dialogue,) = dialogue_segments([script.id], seconds)
     env = DuplexLiveVectorEnv([dialogue], user, nano.codec, silero, lead_in=lead_in)
     env.reset(options={"segments": [dialogue]})
     codes = agent_codes(nano, seconds + lead_in, spoken, voice)
@@ -148,7 +148,7 @@ def test_the_user_barges_in_and_yields(nano, silero, stream, bank, voice):
 def test_nano_talks_the_same_in_any_company(nano, silero, stream, bank):
     scripts = draw_scripts(bank, 3, seed=4, seconds=6.0)
     assert scripts == draw_scripts(bank, 3, seed=4, seconds=6.0)
-    dialogues = dialogue_segments(scripts, 6.0)
+    dialogues = dialogue_segments([s.id for s in scripts], 6.0)
     policy = MoshiPolicy(nano.lm)
 
     def talk(rows):
@@ -170,7 +170,7 @@ def test_check_env(nano, silero, stream, bank):
     scripts = draw_scripts(bank, 4, seed=0, seconds=6.0)
     env = gymnasium.make(
         "rlhf_duplex/DuplexLive-v0",
-        dialogues=dialogue_segments(scripts, 6.0),
+        dialogues=dialogue_segments([s.id for s in scripts], 6.0),
         user=ScriptedUser(scripts, nano.codec, stream, silero, 0.16),
         codec=nano.codec,
         detector=silero,
@@ -232,7 +232,7 @@ def test_a_second_policy_hears_the_agent(nano, silero, bank):
 def test_dialogues_that_cannot_be(nano, silero, stream, bank):
     scripts = draw_scripts(bank, 2, seed=0, seconds=4.0)
     user = ScriptedUser(scripts, nano.codec, stream, silero, 0.4)
-    first, second = dialogue_segments(scripts[:1], 4.0), dialogue_segments(scripts[1:], 5.0)
+    first, second = dialogue_segments([scripts[0].id], 4.0), dialogue_segments([scripts[1].id], 5.0)
     with pytest.raises(InputError, match="same length"):
         DuplexLiveVectorEnv(first + second, user, nano.codec, silero)
     with pytest.raises(InputError, match="at least one dialogue"):
