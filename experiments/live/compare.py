@@ -32,7 +32,7 @@ LIVE = ("env=live", "trainer.groups=4", "trainer.group_size=12", "live.dialogues
 FLUENCY = "rewards={fluency: {weight: 1.0}, pause_handling: {weight: 0}, turn_taking: {weight: 0}, " \
     "backchannel: {weight: 0}, user_interruption: {weight: 0}}"  # fmt: skip
 TINY = (
-    "trainer.updates=2", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "live.dialogues=2",
+    "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "live.dialogues=2",
     "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
 )  # fmt: skip
 
