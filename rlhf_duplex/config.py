@@ -430,6 +430,8 @@ def check_resumed(
 ) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 
+    A key that the saved configuration does not have, because there was none then, must have its default.
+
     Args:
         config: the configuration to go on with.
         saved: the run folder's config.yaml; nothing is checked where there is none.
@@ -441,11 +443,15 @@ def check_resumed(
     """
     if not saved.is_file():
         return
-    before, now = OmegaConf.load(saved), OmegaConf.create(to_yaml(config))
+    before, now, defaults = (OmegaConf.load(saved), *(OmegaConf.create(to_yaml(c)) for c in (config, type(config)())))
     for part in parts:
         names = [f"{part}.{name}" for name in now[part]] if OmegaConf.is_dict(now[part]) else [part]
+        if part == "rewards":  # axes are no fixed set: one that is gone differs, too
+            names += [f"{part}.{name}" for name in before.get(part) or {} if name not in now[part]]
         for key in names:
-            old, new = _deciding(OmegaConf.select(before, key)), _deciding(OmegaConf.select(now, key))
+            missing = defaults if part != "rewards" else OmegaConf.create()
+            old = OmegaConf.select(before, key, default=OmegaConf.select(missing, key))
+            old, new = _deciding(old), _deciding(OmegaConf.select(now, key))
             if old != new and key not in free:
                 raise InputError(f"resume: {key} was {old} and is {new}: a resumed run keeps its configuration")
 

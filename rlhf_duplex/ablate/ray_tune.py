@@ -80,15 +80,21 @@ def run_jobs(
             max_t=max(updates, asha.grace),
             grace_period=asha.grace,
             reduction_factor=asha.reduction,
+            stop_last_trials=False,  # after the last update there is the evaluation
         )
 
     def trainable(values: Mapping[str, Any]) -> None:
         job = by_name[values["trial"]]
 
+        reported = 0
+
         def watch(done: int) -> None:
+            nonlocal reported
             lines = read_metrics(job.folder / "metrics.jsonl") if asha.metric else []
-            if lines and asha.metric in lines[-1]:
-                tune.report({"updates": lines[-1]["update"], asha.metric: lines[-1][asha.metric]})
+            for line in lines[reported:]:  # each of them, so that no rung is skipped
+                if asha.metric in line:
+                    tune.report({"updates": line["update"], asha.metric: line[asha.metric]})
+            reported = len(lines)
 
         run_job(job, lambda: False, watch)
 

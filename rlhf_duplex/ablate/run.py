@@ -58,8 +58,17 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
             _forget_failures(plan)
         for skipped in plan.skipped:
             console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True, markup=False)
+        told = False
+
+        def stopping() -> bool:
+            nonlocal told
+            if received and not told:
+                told = True
+                console.print("stopping: what runs ends the update that is under way")
+            return bool(received)
+
         with stop_requests() as received:
-            stopped = _run_all(plan, console, lambda: bool(received))
+            stopped = _run_all(plan, console, stopping)
         return finish(plan, console, stopped)
 
 
@@ -79,20 +88,22 @@ def _lock(root: Path) -> Iterator[None]:
     """The ablation's folder, for one command at a time; the system lets go of it when the process ends."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another ablate is running in {root}: wait for it, or choose run_dir=...") from None
-            yield
+        file = (root / ".lock").open("w")
     except OSError as error:
         raise InputError(f"{root} cannot be written ({error}): choose another folder with run_dir=...") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another ablate is running in {root}: wait for it, or choose run_dir=...") from None
+        yield
 
 
 def _forget_failures(plan: Plan) -> None:
     for trial in plan.trials:
-        if read_record(plan.run_dir, trial.name).status == "failed":
-            write_record(plan.run_dir, trial.name, Record())
+        record = read_record(plan.run_dir, trial.name)
+        if record.status == "failed":
+            write_record(plan.run_dir, trial.name, Record(seconds=record.seconds))
 
 
 def _run_all(plan: Plan, console: Console, stopping: Callable[[], bool]) -> str:

@@ -35,7 +35,8 @@ def main(config_path: str, outcome_path: str) -> int:
         traceback.print_exc()
         text = " ".join(str(error).split())
         lines = traceback.format_exc().splitlines()[-TRACE_LINES:]
-        record = {"kind": type(error).__name__, "message": text, "traceback": "\n".join(lines)}
+        where = "\n".join(lines).replace(f"{Path(__file__).parents[2]}/", "")
+        record = {"kind": type(error).__name__, "message": text, "traceback": where}
         write_text(Path(outcome_path), json.dumps(record) + "\n")
         return 1
 

@@ -113,6 +113,7 @@ def _effect_cell(axis: str, metric: str, effect: Effect, p: float) -> dict[str, 
     word = ("changed" if sign == 0 else "better" if (effect.mean > 0) == (sign > 0) else "worse") if clear else ""
     return {
         "metric": (axis, metric),
+        "mean": effect.mean,
         "difference": number(effect.mean, unit, signed=True),
         "interval": interval(effect.low, effect.high, unit, signed=True),
         "p": "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}",

@@ -11,7 +11,7 @@ from rlhf_duplex.report.charts import COLOURS, grid, nice_ticks, padded
 
 _WIDTH, _ROW = 380, 22
 _PLOT_BOTTOM, _HEIGHT, _LEFT, _RIGHT, _TOP = 230, 270, 58, 14, 12
-_NAME_CHARACTERS = 24
+_NAME_CHARACTERS = 21
 
 
 class Row(NamedTuple):

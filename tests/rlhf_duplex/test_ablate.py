@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from envs.errors import InputError
 from envs.segments import write_manifest
 from rlhf_duplex.ablate.plan import load_plan
-from rlhf_duplex.ablate.run import ablate
+from rlhf_duplex.ablate.run import _lock, ablate, show_plan
 from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
+from rlhf_duplex.trainer import make_console
 
+pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
 ROOT = Path(__file__).parents[2]
 AXIS = '''
 import os, signal
@@ -63,14 +66,21 @@ def write_base(folder: Path, one_of_each) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, one_of_each):
+def begin(tmp_path_factory, one_of_each):
+    """The result of nano as it is, for trials that are not to measure it again."""
+    folder = tmp_path_factory.mktemp("begin")
+    assert main(["evaluate", str(write_base(folder, one_of_each)), f"run_dir={folder}/run"]) == 0
+    return folder / "run" / "evaluation" / "before.json"
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, one_of_each, begin):
     """An ablation of which every condition but the first fails in a way of its own."""
     folder = tmp_path_factory.mktemp("failures")
     base = write_base(folder, one_of_each)
-    assert main(["evaluate", str(base), f"run_dir={folder}/begin"]) == 0
     (folder / "ablation.yaml").write_text(
         f"base: {base}\nrun_dir: {folder}/run\nseeds: [3]\nmemory_gb: 16\nretries: 0\n"
-        f"overrides: {{evaluation.before: {folder}/begin/evaluation/before.json}}\n"
+        f"overrides: {{evaluation.before: {begin}}}\n"
         "grid: {rewards.trouble.kind: [none, raises, memory, killed]}\n"
         "conditions: [{name: diverges, overrides: {optimiser.learning_rate: 1.0e+30, optimiser.warmup_updates: 0}}]\n"
     )
@@ -123,12 +133,46 @@ def test_what_has_ended_is_not_run_again(ended, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
 
 
-def test_the_policy_before_training_is_taken_not_played_again(ended):
-    source = ended.run_dir.parent / "begin" / "evaluation"
+def copy_of(ended, folder, *arguments):
+    """The ablation that has ended, with other options, in a folder that may be changed."""
+    shutil.copytree(ended.run_dir, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    return load_plan(ended.run_dir.parent / "ablation.yaml", [f"run_dir={folder}/run", *arguments])
+
+
+def test_a_spent_budget_starts_nothing(ended, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    ablate(copy_of(ended, tmp_path, "seeds=[3, 4]", "budget.trials=5"))
+    shown = capsys.readouterr().out
+    assert "the budget of 5 trials is spent: the same command goes on" in shown
+    states = pd.read_csv(tmp_path / "run" / "trials.csv")
+    assert states["status"].tolist() == ["failed", "done", *["failed"] * 3, *["not run"] * 5]
+
+
+def test_retries_left_and_retry_failed_make_trials_open_again(ended, tmp_path, capsys):
+    capsys.readouterr()
+    show_plan(copy_of(ended, tmp_path, "retries=3"), make_console())
+    assert capsys.readouterr().out.count(": failed: ") == 4
+    plan = load_plan(ended.run_dir.parent / "ablation.yaml", [f"run_dir={tmp_path}/run", "budget.trials=1"])
+    ablate(plan, retry_failed=True)  # the one that is done is the whole budget
+    assert [read_record(plan.run_dir, t.name).status for t in plan.trials] == ["open", "done", "open", "open", "open"]
+    assert "<td>interrupted</td>" in (plan.run_dir / "report.html").read_text()
+
+
+def test_the_policy_before_training_is_taken_not_played_again(ended, begin):
+    source = begin.parent
     mine = ended.run_dir / "trials" / "trouble.kind_none_seed3" / "evaluation"
     assert (mine / "before.json").read_bytes() == (source / "before.json").read_bytes()
     kept = sorted(p.relative_to(source) for p in source.rglob("*.json"))
     assert kept == sorted(p.relative_to(mine) for p in mine.rglob("*.json") if "after" not in str(p.relative_to(mine)))
+
+
+def test_one_command_at_a_time(ended, tmp_path):
+    plan = copy_of(ended, tmp_path)
+    with _lock(plan.run_dir), pytest.raises(InputError, match="another ablate is running in"):
+        ablate(plan)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"), _lock(tmp_path / "file" / "run"):
+        pass
 
 
 def test_another_configuration_in_the_same_folder_is_refused(ended, tmp_path):
@@ -152,7 +196,6 @@ def worker_of(root: Path) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(900)
 def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
@@ -190,16 +233,14 @@ def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-@pytest.mark.timeout(900)
-def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, ended):
+def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, begin):
     base = write_base(tmp_path, one_of_each)
-    before = ended.run_dir.parent / "begin" / "evaluation" / "before.json"
     path = tmp_path / "ablation.yaml"
     path.write_text(
         f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nconditions:\n"
         "- {name: good, overrides: {rewards.trouble.value: 1.0, rewards.trouble.kind: killed once}}\n"
         "- {name: bad, overrides: {rewards.trouble.value: 0.0}}\n"
-        f"overrides: {{evaluation.before: {before}, trainer.updates: 4}}\nworkers: 1\n"
+        f"overrides: {{evaluation.before: {begin}, trainer.updates: 4}}\nworkers: 1\n"
         "asha: {metric: reward/trouble, grace: 1, reduction: 2}\n"
     )
     plan = load_plan(path)
@@ -211,3 +252,27 @@ def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, 
     assert set(pd.read_csv(plan.run_dir / "table.csv")["trial"]) == {plan.trials[0].name}
     assert not worker_of(tmp_path)
     assert "stopped early" in (plan.run_dir / "report.html").read_text()
+
+
+def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin):
+    pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
+    base = write_base(tmp_path, one_of_each)
+    path = tmp_path / "ablation.yaml"
+    path.write_text(
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\noverrides: {{evaluation.before: {begin}}}\nworkers: 1\n"
+        "search: {space: {rewards.trouble.value: {uniform: [0, 1]}}, sampler: optuna, metric: trouble.reward}\n"
+    )
+    assert main(["ablate", str(path), "search.points=1"]) == 0
+    first = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert main(["ablate", str(path), "search.points=2"]) == 0
+    table = pd.read_csv(tmp_path / "run" / "table.csv")
+    assert first["condition"].nunique() == 2  # the base and a point
+    assert table["condition"].nunique() == 3
+    pd.testing.assert_frame_equal(table[table["condition"].isin(first["condition"])].reset_index(drop=True), first)
+    measured = table[(table["axis"] == "trouble") & (table["metric"] == "reward")]
+    assert measured["after"].tolist() == pytest.approx(measured["rewards.trouble.value"].tolist())
+    assert all(record["attempts"] == 1 for record in map(json.loads, _texts(tmp_path / "run" / "records")))
+
+
+def _texts(folder):
+    return [path.read_text() for path in folder.glob("*.json")]

@@ -11,7 +11,7 @@ from rlhf_duplex.ablate.presets import preset_conditions
 from rlhf_duplex.ablate.run import before_key
 from rlhf_duplex.ablate.search import SearchConfig, random_points
 from rlhf_duplex.cli import main
-from rlhf_duplex.config import load_config
+from rlhf_duplex.config import Config, TrainerConfig, check_resumed, load_config
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs" / "debug.yaml"
@@ -235,3 +235,17 @@ def test_names():
     assert describe({"rewards.x.weight": 0.50, "trainer.whiten": True}) == "x.weight 0.5, whiten true"
     assert slug("a/b: c=1.5, -2") == "a_b_c_1.5_2"
     assert slug("//") == "condition"
+
+
+def test_what_was_begun_must_be_what_is_asked_for(tmp_path):
+    saved = tmp_path / "config.yaml"
+    # As an older version wrote it: without keys that did not exist, which then have their defaults.
+    saved.write_text("seed: 0\ntrainer: {kl_beta: 0.01}\nrewards: {turn_taking: {weight: 1.0}, charm: {weight: 1}}\n")
+    rewards = {"turn_taking": {"weight": 1.0}, "charm": {"weight": 1}}
+    check_resumed(Config(rewards=rewards), saved)
+    with pytest.raises(InputError, match=r"trainer\.clip was 0\.2 and is 0\.3"):
+        check_resumed(Config(rewards=rewards, trainer=TrainerConfig(clip=0.3)), saved)
+    with pytest.raises(InputError, match=r"rewards\.charm was \{'weight': 1\} and is None"):
+        check_resumed(Config(rewards={"turn_taking": {"weight": 1.0}}), saved)
+    with pytest.raises(InputError, match=r"rewards\.safety was None"):
+        check_resumed(Config(rewards=rewards | {"safety": {}}), saved)

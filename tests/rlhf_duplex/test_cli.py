@@ -63,7 +63,7 @@ def failing(capsys, *arguments):
 def test_help_names_the_commands_and_imports_nothing_heavy():
     shown = run("--help")
     assert shown.returncode == 0
-    commands = ("curate", "pairs", "converse", "warmstart", "pipeline", "train", "evaluate", "report")
+    commands = ("curate", "pairs", "converse", "warmstart", "pipeline", "train", "evaluate", "ablate", "report")
     assert all(name in shown.stdout for name in commands)
     code = "import rlhf_duplex.cli, sys; rlhf_duplex.cli.build_parser(); print('torch' in sys.modules)"
     heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -101,10 +101,11 @@ def test_who_dominates(page, folder):
     best = re.search(r"On the front: (.*?)\.", text).group(1).split(", ")
     assert best
     assert not {"3_seed0", "7_seed1", "11_seed2"} & set(best)  # those of `worst`
-    row = re.search(r'<th scope="row">worst</th><td>(.*?)</td>', page).group(1)
+    table = page.split("Dominated in this trade-off by")[1]
+    row = re.search(r'<th scope="row">worst</th><td>(.*?)</td>', table).group(1)
     assert row.startswith("full, without pause")
     assert row.endswith("half")
-    assert '<th scope="row">half</th><td>none</td>' in page
+    assert '<th scope="row">half</th><td>none</td>' in table
 
 
 def test_keys_to_plot_against(folder):
@@ -192,3 +193,17 @@ def test_an_ablation_without_a_finished_run(tmp_path):
 def test_what_differs_between_configurations():
     configs = [leaves({"seed": n, "trainer": {"clip": 0.2, "betas": [1, n]}, "checkpoint": "nano"}) for n in (0, 1)]
     assert varied_keys(configs) == ["trainer.betas"]
+
+
+def test_signs_against_the_papers(tmp_path):
+    from experiments.ablations.signs import sign_table
+
+    conditions = {"full": ({}, 0.25, 0.5), "without pause": ({}, 1.0, 0.3), "without turn": ({}, 0.5, 0.7)}
+    table = sign_table(read_ablation(write_ablation(tmp_path / "run", conditions)))
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| without")}
+    # The paper: without pause data +.32 and -.07, without turn data -.13 and +.18.
+    assert "paper +; ours + (**+75 %" in rows["without pause"]
+    assert "paper \u2212; ours \u2212 (**\u22120.20 s" in rows["without pause"]
+    assert "paper \u2212; ours + (" in rows["without turn"]
+    assert rows["without judge"].endswith("| not run | not run |")
+    assert table.endswith("3 of 4 signs agree.")

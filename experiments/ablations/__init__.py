@@ -1,0 +1,1 @@
+"""Ablations that were run, and how they compare with the papers."""

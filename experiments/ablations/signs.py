@@ -1,0 +1,69 @@
+"""The signs of a leave-one-axis-out ablation against those of arXiv 2606.11167 (Moshi, Fisher), as a Markdown table.
+
+python -m experiments.ablations.signs runs/ablations/leave_one_axis_out
+
+The paper's interruption rating has the judge's score (`content`) beside it, where the base has one.
+"""
+
+import argparse
+from pathlib import Path
+
+from rlhf_duplex.report.comparison import effect_rows
+from rlhf_duplex.report.runs import Comparison, read_ablation
+
+METRICS = (
+    (("pause_handling", "takeover_rate"), "pause TOR"),
+    (("backchannel", "jsd"), "BC JSD"),
+    (("turn_taking", "latency"), "turn latency"),
+    (("content", "reward"), "rating of answers"),
+)
+PAPER_FULL = (0.42, 0.79, 0.12, 3.58)
+PAPER = {
+    "without pause": (0.74, 0.77, 0.05, 3.66),
+    "without turn": (0.29, 0.79, 0.30, 3.28),
+    "without backchannel": (0.47, 0.83, 0.22, 3.67),
+    "without interruption": (0.39, 0.78, 0.14, 3.42),
+    "without judge": (0.48, 0.78, 0.17, 3.05),
+    "without schedule": (0.51, 0.78, 0.15, 3.70),
+    "without context": (0.49, 0.78, 0.09, 3.53),
+}
+
+
+def sign(value: float) -> str:
+    """`+`, `-` or `0`."""
+    return "0" if abs(value) < 5e-4 else "+" if value > 0 else "\u2212"
+
+
+def sign_table(comparison: Comparison) -> str:
+    """A row a condition of the paper, a cell a metric: the paper's sign, then ours with the difference.
+
+    Bold where the corrected p is below 0.05; `agree` counts cells with equal signs among those where the paper has one.
+    """
+    known = {(a, m) for run in comparison.finished for a, row in (run.after or {})["axes"].items() for m in row}
+    shown = [(index, metric) for index, (metric, _) in enumerate(METRICS) if metric in known]
+    rows = {row["name"]: row["cells"] for row in effect_rows(comparison, [metric for _, metric in shown])}
+    lines = ["| | " + " | ".join(METRICS[index][1] for index, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    same = compared = 0
+    for name, figures in PAPER.items():
+        if name not in rows:
+            lines.append(f"| {name} |" + " not run |" * len(shown))
+            continue
+        cells = []
+        for (index, _), cell in zip(shown, rows[name], strict=True):
+            theirs = sign(figures[index] - PAPER_FULL[index])
+            if cell is None:
+                cells.append(f"paper {theirs}; too few segments")
+                continue
+            ours = sign(cell["mean"])
+            compared += theirs != "0"
+            same += theirs != "0" and theirs == ours
+            text = f"{cell['difference']}, {cell['p']}"
+            cells.append(f"paper {theirs}; ours {ours} ({f'**{text}**' if cell['verdict'] else text})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{same} of {compared} signs agree."])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m experiments.ablations.signs", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the ablation")
+    print(sign_table(read_ablation(parser.parse_args().folder)))
