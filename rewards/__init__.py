@@ -12,6 +12,7 @@ from rewards.axis import (
 )
 from rewards.backchannel import Backchannel
 from rewards.content import Content, JudgedAxis
+from rewards.fluency import Fluency
 from rewards.overlap import Overlap
 from rewards.pause_handling import PauseHandling
 from rewards.repetition import Repetition
@@ -23,6 +24,7 @@ __all__ = [
     "Backchannel",
     "Content",
     "EarlyScores",
+    "Fluency",
     "JudgedAxis",
     "Overlap",
     "PauseHandling",

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from rlhf_duplex.data import curate_options
 from rlhf_duplex.data.pair_arguments import add_commands as add_pair_commands
+from rlhf_duplex.evaluation import command as evaluate
 
 TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml
   rlhf-duplex train configs/quickstart.yaml trainer.updates=5 run_dir=runs/short
   rlhf-duplex train checkpoint=nano segments=my/segments.jsonl
   rlhf-duplex train configs/quickstart.yaml resume=true"""
-EVALUATE_HELP = """examples:
-  rlhf-duplex evaluate checkpoint=nano
-  rlhf-duplex evaluate checkpoint=runs/quickstart/checkpoints/step_000045 run_dir=runs/checked"""
 WARMSTART_HELP = """examples:
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml loss.name=sigmoid run_dir=runs/dpo
@@ -61,7 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
     configured = (
         ("warmstart", "preference optimisation (DPO-LN) on pairs, offline; evaluates before and after", WARMSTART_HELP),
         ("train", "improve a policy with RL; evaluates before and after, and writes a report", TRAIN_HELP),
-        ("evaluate", "play the held-out segments and print every metric with its interval", EVALUATE_HELP),
     )
     for name, text, epilog in configured:
         command = commands.add_parser(
@@ -74,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
         if name == "warmstart":
             command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
+    evaluate.add_command(commands)
     pipeline = commands.add_parser(
         "pipeline",
         help="run the stages of a configuration, each only when its inputs have changed",
@@ -135,8 +133,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not."""
-    options = build_parser().parse_args(arguments)
+    """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not.
+
+    `evaluate --fail-if` ends with 3 where a condition holds.
+    """
+    parser = build_parser()
+    options, left = parser.parse_known_args(arguments)
+    if options.command == "evaluate" and all("=" in word and not word.startswith("-") for word in left):
+        options.arguments += left  # argparse takes key=value on one side of the options only
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     from envs.errors import InputError
 
     try:
@@ -178,6 +184,8 @@ def _run(options: argparse.Namespace) -> int:
         verb = "would run" if options.dry_run else "ran"
         print(f"{verb} {', '.join(outcome.ran) or 'nothing'}; done before: {', '.join(outcome.kept) or 'nothing'}")
         return 0
+    if options.command == "evaluate":
+        return evaluate.run_command(options)
     if options.command == "ablate":
         return _ablate(options)
     path, overrides = None, list(options.arguments)
@@ -190,8 +198,7 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(path, overrides)
     from rlhf_duplex import trainer
 
-    command = trainer.train if options.command == "train" else trainer.evaluate
-    command(config)
+    trainer.train(config)
     return 0
 
 

@@ -149,6 +149,9 @@ class EvaluationConfig:
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
+        every: during training, also after every so many updates, on the first `every_limit` segments of each axis;
+            0 never. The figures are in metrics.jsonl under `evaluation/`, and a file each in the run folder.
+        every_limit: segments of each axis that are played during training.
         before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
             episodes beside it) instead of playing them again; None plays them.
     """
@@ -158,7 +161,24 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
+    every: int = 0
+    every_limit: int = 4
     before: str | None = None
+
+
+@dataclass
+class LiveConfig:
+    """Live dialogues, with a user that hears the agent and reacts; see `rlhf_duplex.live`.
+
+    Attributes:
+        dialogues: different scripts to train on.
+        seconds: of each, in training and in `evaluate --suite live`.
+        lead_in: seconds of silence before the user's first words.
+    """
+
+    dialogues: int = 64
+    seconds: float = 20.0
+    lead_in: float = 1.0
 
 
 @dataclass
@@ -234,6 +254,8 @@ class Config:
         train_axes: train on the segments of these axes only; empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
+        env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of
+            the training segments). The evaluation before and after is on recorded users either way.
         rewards: by axis, `weight`, `target` and the axis' own options.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
@@ -248,6 +270,8 @@ class Config:
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    env: str = "replay"
+    live: LiveConfig = field(default_factory=LiveConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -351,6 +375,10 @@ def check_config(config: Config) -> None:
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,
+        "evaluation.every_limit": config.evaluation.every_limit,
+        "live.dialogues": config.live.dialogues,
+        "live.seconds": config.live.seconds,
+        "live.lead_in": config.live.lead_in,
         "optimiser.learning_rate": optimiser.learning_rate,
         "optimiser.clip_norm": optimiser.clip_norm,
     }
@@ -375,6 +403,7 @@ def check_config(config: Config) -> None:
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
         "evaluation.episodes": config.evaluation.episodes,
+        "evaluation.every": config.evaluation.every,
     }
     for key, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
@@ -388,6 +417,7 @@ def check_config(config: Config) -> None:
         "trainer.importance": (trainer.importance, ("none", "truncated")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),
+        "env": (config.env, ("replay", "live")),
     }
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
@@ -406,6 +436,8 @@ DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
+    "env",
+    "live",
     "train_axes",
     "trainer",
     "optimiser",

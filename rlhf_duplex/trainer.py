@@ -33,9 +33,11 @@ from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantage
 from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
 from rlhf_duplex.config import Config, check_resumed, to_yaml
 from rlhf_duplex.data.codes import open_cache
+from rlhf_duplex.evaluation.during import evaluate_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import Scores, evaluate_policy, take_before
 from rlhf_duplex.learner import Learner, make_batch
+from rlhf_duplex.live import training_environment, training_segments
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
 from rlhf_duplex.policy.moshi import MoshiPolicy
@@ -209,6 +211,7 @@ class Trainer:
         self.env = DuplexDialogueVectorEnv(
             inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
         )
+        self.training_env = training_environment(config, self.env, inputs)
         self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
         self.update = 0
         if config.resume:
@@ -250,7 +253,7 @@ class Trainer:
         """The episodes of the next update, their scores, and the seconds that each stage took."""
         config, update = self.config, self.update
         trainer = config.trainer
-        groups = segments_of_update(self.inputs.trained, update, trainer.groups, config.seed)
+        groups = segments_of_update(training_segments(config, self.inputs), update, trainer.groups, config.seed)
         rng = np.random.default_rng((config.seed, update))
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
@@ -260,7 +263,7 @@ class Trainer:
             merge_into(self.actor.lm, self.bundle.lm)
         episodes = rollout(
             self.actor,
-            self.env,
+            self.training_env,
             [segment for segment in groups for _ in range(trainer.group_size)],
             [
                 episode_seed(config.seed, update, group, member)
@@ -320,6 +323,7 @@ class Trainer:
             ):
                 while self.update < config.trainer.updates and not stopped:
                     metrics = self.step()
+                    metrics |= evaluate_during(self, self.update)
                     log.write(self.update, metrics)
                     advance(1)
                     self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)

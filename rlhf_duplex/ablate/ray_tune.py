@@ -196,7 +196,7 @@ def _tune(
     from ray import tune
 
     class Local:
-        """Tune saves its callbacks; ours live in this process alone, and nothing is ever restored from what it saves."""
+        """Tune saves its callbacks; ours live in this process alone, and nothing is restored from what it saves."""
 
         def __init__(self, function: Callable) -> None:
             self.function = function

@@ -43,6 +43,30 @@ DIRECTION: dict[tuple[str, str], int] = {
     ("words", "known"): 1,
     ("words", "known_pairs"): 1,
     ("words", "repeated_4grams"): -1,
+    # Full-Duplex-Bench v1 and v1.5 beside those above.
+    ("pause_handling_candor", "takeover_rate"): -1,
+    ("pause_handling_synthetic", "takeover_rate"): -1,
+    ("user_interruption", "rating"): 1,
+    ("user_interruption", "stop_latency"): -1,
+    ("user_interruption", "response_latency"): -1,
+    ("user_interruption", "respond"): 1,
+    ("user_backchannel", "resume"): 1,
+    ("talking_to_other", "resume"): 1,
+    ("background_speech", "resume"): 1,
+    ("speech_quality", "mos"): 1,
+    # Live dialogues, spoken questions and the safety set.
+    ("live", "answer_rate"): 1,
+    ("live", "barge_in_rate"): -1,
+    ("live", "seconds_lost"): -1,
+    ("live", "gap"): -1,
+    ("live", "overlap"): -1,
+    ("live", "yield_rate"): 1,
+    ("live", "stop_seconds"): -1,
+    ("live", "judged_fluency"): 1,
+    ("live", "judged_relevance"): 1,
+    ("questions", "accuracy"): 1,
+    ("questions", "answered"): 1,
+    ("safety", "refusal_rate"): 1,
 }
 
 # By axis and metric, the value of each segment.

@@ -1,4 +1,4 @@
-"""Bootstrap intervals. The unit is the segment: episodes of one segment are averaged first."""
+"""Bootstrap intervals and permutation tests. The unit is the segment: episodes of one segment are averaged first."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -54,3 +54,67 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -
     if not shared:
         return None
     return bootstrap_interval([after[segment] - before[segment] for segment in shared])
+
+
+class Permutation(NamedTuple):
+    """Whether two systems differ: mean difference and two-sided p over `n` shared segments."""
+
+    difference: float
+    p: float
+    n: int
+
+
+def permutation_test(
+    before: Mapping[str, float], after: Mapping[str, float], draws: int = 10000, seed: int = 0
+) -> Permutation | None:
+    """Paired permutation test of "both are the same": on each segment the two are swapped by a coin.
+
+    The p-value is the share of swaps whose mean difference is at least as far from 0 as the one found. Up to
+    `log2(draws)` segments all swaps are gone through; beyond, `draws` random ones, the one found counted among them,
+    so that p is never 0 and the test never calls equal systems different more often than it says (Phipson and Smyth,
+    2010). Made for small n and values of any distribution, where a bootstrap interval is too narrow.
+
+    Args:
+        before, after: a value a segment; segments that only one has are left out.
+        draws: random swaps.
+        seed: of the swaps; the same values always give the same p.
+
+    Returns:
+        None where no segment is shared.
+    """
+    shared = [segment for segment in before if segment in after]
+    if not shared:
+        return None
+    differences = np.array([after[segment] - before[segment] for segment in shared], dtype=float)
+    found = float(differences.mean())
+    moving = differences[differences != 0]  # swapping equal values changes nothing
+    # Sums in different orders differ by rounding: a swap that gives the same must count as at least as far.
+    bound = abs(float(moving.sum())) - 1e-9 * float(np.abs(moving).sum())
+    if 2 ** len(moving) <= draws:
+        swaps = np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1
+        p = float(np.mean(np.abs((1 - 2 * swaps) @ moving) >= bound))
+    else:
+        rng = np.random.default_rng(seed)
+        sums = np.concatenate([_swapped(moving, rng, size) for size in _parts(draws)])
+        p = float((1 + np.sum(np.abs(sums) >= bound)) / (draws + 1))
+    return Permutation(found, p, len(shared))
+
+
+def _parts(draws: int, size: int = 1000) -> list[int]:
+    """`draws` in parts that bound the memory of a test over many segments."""
+    return [min(size, draws - start) for start in range(0, draws, size)]
+
+
+def _swapped(differences: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    signs = 1 - 2 * rng.integers(2, size=(count, len(differences)), dtype=np.int8)
+    return signs @ differences
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for so many tests at once (Holm, 1979), in the order given."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected

@@ -15,6 +15,7 @@ from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
 from rlhf_duplex.config import Config, EvaluationConfig
+from rlhf_duplex.evaluation.distributions import backchannel_timing
 from rlhf_duplex.evaluation.metrics import read_results, segment_values, write_results
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -68,7 +69,8 @@ def evaluate_policy(
     )
     folder = run_dir / "evaluation"
     figures = reward_function.metrics()
-    extra = {**extra, "samples": evaluation.samples, **({"figures": figures} if figures else {})}
+    extra = {**extra, "samples": evaluation.samples, "timing": backchannel_timing(episodes)}
+    extra |= {"figures": figures} if figures else {}
     save_examples(folder / name, episodes, scores, evaluation.episodes)
     # Last: where this file is, the evaluation is whole.
     return write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)

@@ -17,6 +17,7 @@ from envs.files import write_text
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.metrics import change, direction, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
+from rlhf_duplex.report.distributions import distribution_charts, during_charts
 from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered
 from rlhf_duplex.report.preference import preference_charts, preference_rows
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
@@ -65,9 +66,11 @@ def build_report(run_dir: Path) -> Path:
         axes=_rows(results),
         has_after=results["after"] is not None,
         reward_charts=_reward_charts(updates),
+        during_charts=during_charts(updates),
         preference_charts=preference_charts(updates),
         preference_rows=preference_rows(updates),
         learning_charts=_learning_charts(updates),
+        distributions=distribution_charts({stage: result for stage, result in results.items() if result}),
         examples=examples,
         choice=choice,
         stages=STAGES,
@@ -363,14 +366,19 @@ def _examples(folder: Path) -> tuple[list[dict[str, Any]], str]:
     if not kept:
         return [], ""
     quantity = "change in reward" if both else "reward"
+    latest = saved["after"] or saved["before"]
+    worst = {axis: min(values, key=lambda s: (latest[s].reward or 0.0, s)) for axis, values in rewards.items()}
     for count in range(EPISODES_PER_AXIS, 0, -1):
-        chosen = [s for axis in SEGMENT_AXES if axis in rewards for s in median_segments(rewards[axis], count)]
+        chosen = [worst[axis] for axis in SEGMENT_AXES if axis in rewards]
+        for axis in SEGMENT_AXES:
+            others = {s: value for s, value in rewards.get(axis, {}).items() if s != worst[axis]}
+            chosen += median_segments(others, count)
         examples = [_example(index, segment, saved) for index, segment in enumerate(chosen)]
         if sum(len(side["audio"]) for e in examples for side in e["sides"] if side) <= MAX_AUDIO_BYTES:
             break
     choice = (
-        f"Of the {kept} segments whose episodes were kept, those nearest to the median {quantity} of their axis: "
-        "typical ones, not the best."
+        f"Of the {kept} segments whose episodes were kept: first the worst of each axis, then those nearest to the "
+        f"median {quantity} of their axis, typical ones, not the best."
     )
     return examples, choice
 

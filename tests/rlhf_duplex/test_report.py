@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from browser import CHROMIUM, INSPECTION, visit
 
 from envs.episode import Episode
 from envs.errors import InputError
@@ -188,12 +189,13 @@ def test_tables_and_figures_are_labelled(page):
     assert all("scope" in attributes for tag, attributes in parsed.tags if tag == "th")
     drawings = [a for tag, a in parsed.tags if tag == "svg"]
     assert all({"aria-labelledby", "aria-label", "aria-hidden"} & set(a) for a in drawings)
-    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 2  # rewards, learning, shares and times
+    # Rewards, learning, shares and times, and two distributions of latency.
+    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 2 + 2
 
 
 def test_players_hold_the_dialogue(page):
     players = [a for tag, a in Page(page).tags if tag == "audio"]
-    assert len(players) == 16  # two segments of each of four axes, before and after
+    assert len(players) == 24  # the worst and two typical segments of each of four axes, before and after
     assert all("controls" in a and a["aria-label"] for a in players)
     data = base64.b64decode(players[0]["src"].partition("base64,")[2])
     audio, rate = soundfile.read(io.BytesIO(data))
@@ -290,6 +292,59 @@ def test_numbers_are_written_with_their_units():
     assert number(-0.001, "s", signed=True) == "0.00 s"
     assert number(0.0745, "/s") == "0.074/s"
     assert interval(-1.5, 0.25, "s", signed=True) == "\u22121.50 to +0.25 s"
+
+
+def test_what_was_measured_during_training_and_the_distributions(tmp_path):
+    folder = make_run(tmp_path / "run", segments_per_axis=2, updates=4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1::2]:
+        line["evaluation/turn_taking/reward"] = -1.0 / line["update"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report(folder).read_text()
+    text = " ".join("".join(Page(page).text).split())
+    assert "Held-out segments during training" in text
+    assert "Turn-taking, held-out, mean reward (s)" in text
+    assert "Turn-taking: latency" in text
+    assert "before (n 2)" in text
+    # Two points of the curve: -1/2 after update 2 and -1/4 after 4.
+    assert "from -0.5 at update 2 to -0.25 at 4" in text
+    assert "first the worst of each axis" in text
+
+
+def test_worst_episode_comes_first(tmp_path):
+    folder = make_run(tmp_path / "run", segments_per_axis=4, updates=1)
+    scores = folder / "evaluation" / "after"
+    # The third of the backchannel segments is made the worst of its axis, by its score alone.
+    (place,) = [p for p in scores.glob("*/scores.json") if p.parent.name.startswith("backchannel-2")]
+    place.write_text(json.dumps({"backchannel": {"value": -9.0, "details": {}}}))
+    page = build_report(folder).read_text()
+    headings = re.findall(r'<h3 id="x\d+">(.*?)</h3>', page)
+    assert len(headings) == 12
+    assert [h.split(" <")[0] for h in headings[:4]] == [
+        "Pause handling",
+        "Turn-taking",
+        "Backchannel",
+        "User interruption",
+    ]
+    assert "backchannel-2" in headings[2]
+
+
+def test_page_in_a_browser(page, tmp_path):
+    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    seen = visit(path, INSPECTION)
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    value = seen["value"]
+    assert value["players"] == 24
+    assert value["time"] > 0.2
+    assert value["head"] == "visible"
+    assert (value["scripts"], value["alerted"], value["images"]) == (1, False, 0)
+    assert (value["headless"], value["unlabelled"], value["regions"]) == (0, 0, True)
+    assert value["wide"] <= 0
+    assert value["contrast"] >= 4.5
+    assert HOSTILE in value["text"]
 
 
 def test_chart_arithmetic():

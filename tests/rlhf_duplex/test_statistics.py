@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from rlhf_duplex.evaluation.statistics import bootstrap_interval, paired_difference, segment_means
+from rlhf_duplex.evaluation.statistics import (
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    permutation_test,
+    segment_means,
+)
 
 
 def test_episodes_of_a_segment_are_averaged_first():
@@ -63,3 +69,62 @@ def test_only_shared_segments_are_compared():
     difference = paired_difference({"a": 0.0, "b": 1.0, "c": 5.0}, {"b": 3.0, "c": 6.0, "d": 9.0})
     assert (difference.mean, difference.n) == (1.5, 2)
     assert paired_difference({"a": 1.0}, {"b": 1.0}) is None
+
+
+def named(values):
+    return {f"s{i}": float(value) for i, value in enumerate(values)}
+
+
+def test_permutation_test_by_hand():
+    # Differences 1, 2, 3: of the 8 signs only +++ and --- give a mean of 2 or further from 0: p = 2 / 8.
+    test = permutation_test(named([0, 0, 0]), named([1, 2, 3]))
+    assert test == (2.0, 0.25, 3)
+    # Differences 1, -1: every sign pattern gives 0, 0, 2 or -2; the one found is 0, so all are at least as far.
+    assert permutation_test(named([0, 1]), named([1, 0])) == (0.0, 1.0, 2)
+    # A difference of 0 says nothing: as the first case, over four segments.
+    assert permutation_test(named([0, 0, 0, 5]), named([1, 2, 3, 5])) == (1.5, 0.25, 4)
+    assert permutation_test(named([1.0]), {"other": 2.0}) is None
+    assert permutation_test(named([4.0] * 30), named([4.0] * 30)) == (0.0, 1.0, 30)
+
+
+def test_drawn_swaps_agree_with_all_swaps():
+    rng = np.random.default_rng(0)
+    before, after = named(rng.normal(0, 1, 12)), named(rng.normal(0.5, 1, 12))
+    exact, drawn = (permutation_test(before, after, draws=draws).p for draws in (4096, 4095))
+    assert exact == pytest.approx(drawn, abs=0.03)
+    assert permutation_test(before, after, draws=4095) == permutation_test(before, after, draws=4095)
+
+
+@pytest.mark.parametrize("kind", ["normal", "share", "latency"])
+def test_equal_systems_are_not_called_different(kind):
+    """200 pairs of equal checkpoints, 30 segments: at most 5 % of them may have p < 0.05 (wrong by chance alone)."""
+    draw = {
+        "normal": lambda rng: rng.normal(0, 1, 30),
+        "share": lambda rng: rng.integers(2, size=30),
+        "latency": lambda rng: rng.exponential(0.5, 30),
+    }[kind]
+    rng = np.random.default_rng(5)
+    wrong = 0
+    for seed in range(200):
+        hard = rng.normal(0, 3, 30)  # what both have in common
+        p = permutation_test(named(hard + draw(rng)), named(hard + draw(rng)), draws=999, seed=seed).p
+        wrong += p < 0.05
+    assert wrong / 200 <= 0.05
+
+
+def test_different_systems_are_told_apart():
+    rng = np.random.default_rng(6)
+    found = 0
+    for seed in range(50):
+        hard = rng.normal(0, 3, 30)
+        after = named(hard + 0.8 + rng.normal(0, 1, 30))
+        found += permutation_test(named(hard + rng.normal(0, 1, 30)), after, draws=999, seed=seed).p < 0.05
+    # Differences of mean 0.8 and deviation sqrt 2 over 30: 3.1 standard errors, power about 0.85.
+    assert found >= 35
+
+
+def test_holm_by_hand():
+    # In order 0.01, 0.02, 0.04: times 3, 2, 1 gives 0.03, 0.04, 0.04; never below one before it.
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

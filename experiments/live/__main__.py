@@ -1,0 +1,37 @@
+"""`python -m experiments.live`: see `README.md`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.live",
+        description="Base, trained by replay and trained live, compared in live dialogues, for some seeds.",
+        epilog="example: python -m experiments.live --out runs/live --seeds 0 1 2",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/live"), help="run folder; what is there stays")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--checkpoint", default="nano", help="where training starts: nano or a bundle's folder")
+    parser.add_argument("--updates", type=int, default=45, help="of each training")
+    parser.add_argument("--dialogues", type=int, default=32, help="live dialogues that are compared")
+    parser.add_argument("--replay", type=Path, nargs="*", default=[], help="run folders trained by replay, one a seed")
+    parser.add_argument("--tiny", action="store_true", help="two updates of a few episodes: does everything run?")
+    arguments = parser.parse_args()
+
+    from envs.errors import InputError
+    from experiments.live.compare import run
+    from rlhf_duplex.trainer import make_console
+
+    try:
+        path = run(arguments, make_console())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

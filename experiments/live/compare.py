@@ -1,0 +1,145 @@
+"""Train by replay and live, and hold base, both against each other in the same live dialogues.
+
+The unit of the tests is the dialogue; seeds are shown one by one and pooled, a dialogue's mean over seeds against the
+base on the same dialogue.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from envs.errors import InputError
+from rlhf_duplex.cli import main as command
+from rlhf_duplex.config import load_config
+from rlhf_duplex.evaluation.live import run_live
+from rlhf_duplex.evaluation.metrics import direction
+from rlhf_duplex.evaluation.statistics import bootstrap_interval, holm, permutation_test
+from rlhf_duplex.evaluation.systems import parse_systems
+from rlhf_duplex.trainer import last_checkpoint
+
+METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
+KINDS = ("replay", "live")
+# The quickstart's settings; live dialogues are longer than segments, so that there are fewer of them in an update.
+COMMON = ("optimiser.learning_rate=5e-4", "trainer.minibatch=24", "trainer.passes=2", "context.probability=0")
+REPLAY = ("trainer.groups=8", "trainer.group_size=12", "rewards.turn_taking.barge_in_seconds=1.0")
+LIVE = ("env=live", "trainer.groups=4", "trainer.group_size=12", "live.dialogues=64", "live.seconds=20")
+FLUENCY = "rewards={fluency: {weight: 1.0}, pause_handling: {weight: 0}, turn_taking: {weight: 0}, " \
+    "backchannel: {weight: 0}, user_interruption: {weight: 0}}"  # fmt: skip
+TINY = (
+    "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "live.dialogues=2",
+    "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace, console: Console) -> Path:
+    """Train what is not trained yet, compare, and write `OUT/live.json`.
+
+    Raises:
+        InputError: a training failed, or there are not as many replay runs as seeds.
+    """
+    if arguments.replay and len(arguments.replay) != len(arguments.seeds):
+        raise InputError(f"--replay names {len(arguments.replay)} runs for {len(arguments.seeds)} seeds: one a seed")
+    runs: dict[str, Path] = {}
+    for index, seed in enumerate(arguments.seeds):
+        for kind in KINDS:
+            name = f"{kind}-{seed}"
+            given = arguments.replay[index] if kind == "replay" and arguments.replay else None
+            runs[name] = given or train(arguments, kind, seed, arguments.out / name)
+    checkpoints = [f"base={arguments.checkpoint}", *(f"{name}={last_checkpoint(path)}" for name, path in runs.items())]
+    limit = 2 if arguments.tiny else arguments.dialogues
+    config = load_config(None, [f"evaluation.limit={limit}", f"live.seconds={6 if arguments.tiny else 30}"])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = run_live(None, lambda: arguments.out, parse_systems(checkpoints), config, console)
+    record = {"seeds": list(arguments.seeds), "dialogues": limit, "comparisons": comparisons(results, arguments.seeds)}
+    console.print(as_table(record["comparisons"]))
+    path = arguments.out / "live.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def train(arguments: argparse.Namespace, kind: str, seed: int, folder: Path) -> Path:
+    """A run folder, trained unless it is already.
+
+    Raises:
+        InputError: the training did not come to its end.
+    """
+    if (folder / "evaluation" / "after.json").is_file():
+        return folder
+    options = [*COMMON, *((*LIVE, FLUENCY) if kind == "live" else REPLAY), f"trainer.updates={arguments.updates}"]
+    options += [f"run_dir={folder}", f"seed={seed}", f"checkpoint={arguments.checkpoint}"]
+    options += TINY if arguments.tiny else ()
+    options += ["resume=true"] if last_checkpoint(folder) is not None else []
+    if command(["train", *options]) or not (folder / "evaluation" / "after.json").is_file():
+        raise InputError(f"the training in {folder} did not end: the same command goes on with it")
+    return folder
+
+
+def comparisons(results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """For each metric: replay against base, live against base, live against replay, seeds pooled, p after Holm."""
+    rows: list[dict[str, Any]] = []
+    for metric in METRICS:
+        columns = {"base": _column(results["base"], metric)}
+        for kind in KINDS:
+            columns[kind] = _pooled([_column(results[f"{kind}-{seed}"], metric) for seed in seeds])
+        for one, other in (("base", "replay"), ("base", "live"), ("replay", "live")):
+            test = permutation_test(columns[one], columns[other])
+            if test is None:
+                continue
+            each = [_column(results[f"{other}-{seed}"], metric) for seed in seeds]
+            rows.append(
+                {
+                    "metric": metric,
+                    "before": one,
+                    "after": other,
+                    "means": {
+                        name: bootstrap_interval(list(columns[name].values()))._asdict() for name in (one, other)
+                    },
+                    "each_seed": [bootstrap_interval(list(column.values())).mean for column in each if column],
+                    "difference": test.difference,
+                    "better": (test.difference > 0) == (direction("live", metric) > 0),
+                    "p": test.p,
+                    "n": test.n,
+                }
+            )
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return rows
+
+
+def _estimate(column: Mapping[str, float]) -> dict[str, float]:
+    return bootstrap_interval(list(column.values()))._asdict()
+
+
+def _column(result: Mapping[str, Any], metric: str) -> dict[str, float]:
+    return result["segments"].get("live", {}).get(metric, {})
+
+
+def _pooled(columns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over seeds of each dialogue that every seed has a value of."""
+    shared = [name for name in columns[0] if all(name in column for column in columns)]
+    return {name: sum(column[name] for column in columns) / len(columns) for name in shared}
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The comparisons for the console."""
+    table = Table(title="live dialogues, mean over seeds [95 % over dialogues]", title_justify="left")
+    for title in ("metric", "before", "after", "each seed", "difference", "p (Holm)", ""):
+        table.add_column(title)
+    for row in rows:
+        cells = [_shown(name, row["means"][name]) for name in (row["before"], row["after"])]
+        word = "no change" if row["p_holm"] >= 0.05 else "better" if row["better"] else "worse"
+        seeds = ", ".join(f"{mean:.2f}" for mean in row["each_seed"])
+        table.add_row(row["metric"], *cells, seeds, f"{row['difference']:+.3f}", f"{row['p_holm']:.3f}", word)
+    return table
+
+
+def _shown(name: str, estimate: Mapping[str, float]) -> str:
+    return f"{name} {estimate['mean']:.2f} \\[{estimate['low']:.2f}, {estimate['high']:.2f}]"

@@ -1,0 +1,46 @@
+"""The comparison of training by replay and live: its arithmetic by hand, and the whole of it tiny."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.live.compare import comparisons
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(**metrics):
+    return {"segments": {"live": metrics}}
+
+
+def test_seeds_are_pooled_dialogue_by_dialogue():
+    results = {
+        "base": result(gap={"a": 2.0, "b": 3.0}),
+        "replay-0": result(gap={"a": 1.0, "b": 2.0}),
+        "replay-1": result(gap={"a": 2.0}),  # b was not answered: it is left out of the pool
+        "live-0": result(gap={"a": 1.0, "b": 1.0}),
+        "live-1": result(gap={"a": 1.0, "b": 2.0}),
+    }
+    rows = {(row["before"], row["after"]): row for row in comparisons(results, [0, 1])}
+    assert rows["base", "replay"]["difference"] == pytest.approx(-0.5)  # a: 2 -> 1.5
+    assert rows["base", "replay"]["n"] == 1
+    assert rows["base", "live"]["difference"] == pytest.approx(-1.25)  # a: 2 -> 1, b: 3 -> 1.5
+    assert rows["base", "live"]["better"]
+    assert rows["base", "live"]["each_seed"] == pytest.approx([1.0, 1.5])
+    assert rows["replay", "live"]["difference"] == pytest.approx(-0.5)
+    assert all(row["p_holm"] >= row["p"] for row in rows.values())
+
+
+def test_the_whole_of_it_tiny(tmp_path):
+    out = tmp_path / "live"
+    command = [sys.executable, "-m", "experiments.live", "--tiny", "--seeds", "0", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "live.json").read_text())
+    assert record["dialogues"] == 2
+    pairs = {(row["metric"], row["before"], row["after"]) for row in record["comparisons"]}
+    assert ("seconds_lost", "replay", "live") in pairs
+    assert {path.name for path in out.glob("*.json")} >= {"base.json", "replay-0.json", "live-0.json"}

@@ -1,0 +1,43 @@
+"""Evaluation during training leaves the training as it was, and RL runs in live dialogues, too."""
+
+import json
+
+from rlhf_duplex.cli import main
+
+SMALL = [
+    "trainer.updates=2", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "context.probability=0",
+    "context.lead_in=0.4", "evaluation.limit=1", "checkpointing.every=2", "checkpointing.keep=1",
+]  # fmt: skip
+FREE = ("time/", "evaluation/", "audio_seconds_per_second")
+
+
+def run(folder, *arguments):
+    assert main(["train", f"run_dir={folder}", *SMALL, *arguments]) == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_evaluation_during_training_changes_nothing(tmp_path):
+    plain = run(tmp_path / "plain")
+    watched = run(tmp_path / "watched", "evaluation.every=1", "evaluation.every_limit=1")
+    for one, other in zip(plain, watched, strict=True):
+        keep = [{k: v for k, v in row.items() if not k.startswith(FREE)} for row in (one, other)]
+        assert keep[0] == keep[1]
+    for row in watched:
+        assert "evaluation/turn_taking/reward" in row
+        assert row["time/evaluation"] > 0
+    # After the last update the policy is the one of `after.json`, on the same draws and the same segments.
+    last = json.loads((tmp_path / "watched" / "evaluation" / "update_000002.json").read_text())
+    after = json.loads((tmp_path / "watched" / "evaluation" / "after.json").read_text())
+    assert last["segments"] == after["segments"]
+    assert watched[-1]["evaluation/turn_taking/reward"] == after["axes"]["turn_taking"]["reward"]["mean"]
+
+
+def test_rl_trains_in_live_dialogues(tmp_path):
+    live = ["env=live", "live.dialogues=4", "live.seconds=6", "live.lead_in=0.4", "rewards={fluency: {weight: 1.0}}"]
+    first = run(tmp_path / "one", *live, "evaluation.episodes=0")
+    assert len(first) == 2
+    for row in first:
+        assert row["episodes"] == 4
+        assert row["audio_seconds"] == 4 * 6.4
+        assert -10 <= row["reward/fluency"] <= 0
+        assert abs(row["ratio_first"] - 1) < 1e-3
