@@ -80,7 +80,7 @@ def read_audio(
 
 
 def resample(audio: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """`(..., N)` float32 audio at another sample rate (soxr, high quality), `ceil(N * target / source)` samples long."""
+    """`(..., N)` float32 audio at another rate (soxr, high quality): `(..., ceil(N * target_rate / source_rate))`."""
     if source_rate == target_rate or not audio.size:
         return audio
     import soxr

@@ -62,7 +62,7 @@ def test_resampling_keeps_a_tone():
     assert resample(tone, 24000, 24000) is tone
 
 
-@pytest.mark.parametrize(("shape", "source", "target"), [((7,), 8000, 24000), ((2, 3, 999), 44100, 16000), ((0,), 8, 4)])
+@pytest.mark.parametrize(("shape", "source", "target"), [((7,), 8000, 24000), ((2, 3, 99), 44100, 16000), ((0,), 8, 4)])
 def test_resampling_is_that_of_librosa(shape, source, target):
     audio = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     expected = librosa.resample(audio, orig_sr=source, target_sr=target, res_type="soxr_hq")
