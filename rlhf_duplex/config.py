@@ -21,18 +21,26 @@ class TrainerConfig:
     """The loop.
 
     Attributes:
-        algorithm: `grpo`.
+        algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
+            division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
+            ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
+        objective: what was done at a frame: `tokens`, the text token that was drawn, or `speaking`, whether it was the
+            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
             results but rounding: memory, and on a CPU the parts that its cores share among themselves).
         passes: times that an update goes over its episodes.
-        clip: eps of the ratio [0.2]; kl_beta: weight of KL[policy || reference] [0.01].
+        clip: eps of the ratio [0.2]; clip_high: eps above 1 where it is another (DAPO's clip-higher: 0.28).
+        kl_beta: weight of KL[policy || reference] [0.01].
+        word_kl_beta: further weight of that part of the KL which is about the token given that the agent speaks (KL is
+            the sum of this part and of that between {silent, speak}): keeps the words and leaves the timing free.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
     """
 
     algorithm: str = "grpo"
+    objective: str = "tokens"
     updates: int = 24
     groups: int = 12
     group_size: int = 16
@@ -40,7 +48,9 @@ class TrainerConfig:
     microbatch: int = 8
     passes: int = 1
     clip: float = 0.2
+    clip_high: float | None = None
     kl_beta: float = 0.01
+    word_kl_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
 
@@ -310,6 +320,10 @@ def check_config(config: Config) -> None:
         "evaluation.seed": config.evaluation.seed,
         "optimiser.weight_decay": optimiser.weight_decay,
         "trainer.updates": trainer.updates,
+        "trainer.clip": trainer.clip,
+        "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
+        "trainer.kl_beta": trainer.kl_beta,
+        "trainer.word_kl_beta": trainer.word_kl_beta,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
@@ -321,7 +335,8 @@ def check_config(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
-        "trainer.algorithm": (trainer.algorithm, ("grpo",)),
+        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
+        "trainer.objective": (trainer.objective, ("tokens", "speaking")),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),

@@ -14,7 +14,7 @@ import torch
 
 from envs.cores import map_on_cores
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.lora import has_lora, part_of
@@ -133,10 +133,14 @@ class Learner:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
         seen: dict[str, list[float]] = defaultdict(list)
+        if self.trainer.objective == "speaking":
+            batch = replace(batch, log_probs=self._speaking_log_probs(batch))
+        # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
+        length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):
             order = torch.randperm(len(batch.codes), generator=generator)
             for index in order.split(self.trainer.minibatch):
-                for name, value in self._step(batch, index, update).items():
+                for name, value in self._step(batch, index, update, length).items():
                     seen[name].append(value)
         joined = {name: max(v) if name.endswith("max") else sum(v) / len(v) for name, v in seen.items()}
         # Before the first optimiser step the policy is the one that acted: whatever is seen then is the mismatch of
@@ -146,7 +150,29 @@ class Learner:
         joined["mismatch/kl"] = seen["approx_kl"][0]
         return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
-    def _step(self, batch: Batch, index: torch.Tensor, update: int) -> dict[str, float]:
+    def _speaking_log_probs(self, batch: Batch) -> torch.Tensor:
+        """`(B, T)` of {silent, speak} under the policy as it is before the update: the one that acted."""
+
+        @torch.no_grad()
+        def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = batch.rows(index)
+            return index, self._log_probs(*self.policy.evaluate_actions(rows.codes), rows.codes)
+
+        result = torch.zeros_like(batch.log_probs)
+        order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
+        for index, values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
+            result[index, : values.shape[1]] = values
+        return result
+
+    def _log_probs(self, tokens: torch.Tensor, distribution: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` of what was done, as the objective sees it."""
+        if self.trainer.objective == "tokens":
+            return tokens
+        silent = self.policy.lm.text_padding_token_id
+        spoke = (codes[:, 0] != silent).long()
+        return speaking_log_probs(distribution, silent).gather(-1, spoke[..., None])[..., 0]
+
+    def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
@@ -154,7 +180,7 @@ class Learner:
         # The longest first: what is left at the end of the queue is short.
         parts = index.split(self.trainer.microbatch)[::-1]
         results = map_on_cores(
-            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index)), parts, self.policy.device
+            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index), length), parts, self.policy.device
         )
         for part, (gradients, diagnostics) in zip(parts, results, strict=True):
             for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
@@ -176,28 +202,41 @@ class Learner:
         self.optimiser.step()
         return values
 
-    def _gradients(self, batch: Batch, share: float) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+    def _gradients(
+        self, batch: Batch, share: float, length: float | None
+    ) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
         """Of one microbatch, which is this share of its minibatch."""
-        loss, diagnostics = self._loss(batch)
+        loss, diagnostics = self._loss(batch, length)
         gradients = torch.autograd.grad(loss * share, list(self.parameters.values()), allow_unused=True)
         return gradients, {**diagnostics, "loss": loss.detach()}
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, distribution = self.policy.evaluate_actions(batch.codes)
+    def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        tokens, distribution = self.policy.evaluate_actions(batch.codes)
         with torch.no_grad():
             _, reference = self.reference.evaluate_actions(batch.codes)
         kl = exact_kl(distribution, reference)
+        penalty, trainer = kl, self.trainer
+        if trainer.word_kl_beta:
+            silent = self.policy.lm.text_padding_token_id
+            timing = exact_kl(speaking_log_probs(distribution, silent), speaking_log_probs(reference, silent))
+            penalty = trainer.kl_beta * kl + trainer.word_kl_beta * (kl - timing)
         loss, diagnostics = grpo_loss(
-            log_probs,
+            self._log_probs(tokens, distribution, batch.codes),
             batch.log_probs,
             batch.advantages,
-            kl,
+            penalty,
             batch.mask,
-            self.trainer.clip,
-            self.trainer.kl_beta,
+            trainer.clip,
+            1.0 if trainer.word_kl_beta else trainer.kl_beta,
+            trainer.clip_high,
+            sequence_ratio=trainer.algorithm == "gspo",
+            length=length,
         )
         with torch.no_grad():
+            diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
+            if trainer.word_kl_beta:
+                diagnostics["kl_words"] = masked_mean(kl - timing, batch.mask).mean()
         return loss, diagnostics
 
     def state(self) -> dict[str, torch.Tensor]:

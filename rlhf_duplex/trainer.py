@@ -275,7 +275,8 @@ class Trainer:
             axis: torch.from_numpy(values).reshape(-1, trainer.group_size)
             for axis, values in function.values(scores).items()
         }
-        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten)
+        baseline = {"rloo": "leave_one_out", "dr_grpo": "mean"}.get(trainer.algorithm, "standardised")
+        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten, baseline=baseline)
         started = time.perf_counter()
         batch = make_batch(episodes, result.advantages.reshape(-1), self.codec.frame_rate, self.policy.device)
         diagnostics = self.learner.update(batch, self.update)

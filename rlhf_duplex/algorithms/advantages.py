@@ -5,7 +5,8 @@ Shapes: rewards and advantages are `(groups, G)`, one row for the G episodes of 
 and standard deviation and contributes 0.
 
 Sources: GRPO's group advantage as in arXiv 2606.11167, section 3; the decoupled normalisation of several rewards from
-arXiv 2601.05242 (GDPO).
+arXiv 2601.05242 (GDPO); the mean alone from arXiv 2503.20783 (Dr. GRPO); the mean of the others from arXiv 2402.14740
+(RLOO).
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 
 EPSILON = 1e-4
 METHODS = ("per_axis", "weighted_sum")
+BASELINES = ("standardised", "mean", "leave_one_out")
 _EQUAL = 1e-6
 """Rewards that differ by less than this are equal up to rounding."""
 
@@ -73,12 +75,14 @@ def _check(rewards: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def standardise(
-    rewards: torch.Tensor, eps: float = EPSILON, unbiased: bool = False
+    rewards: torch.Tensor, eps: float = EPSILON, unbiased: bool = False, baseline: str = "standardised"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each group's rewards in standard deviations from the group's mean: `(r - mean) / (std + eps)`.
 
     Args:
         rewards: `(groups, G)`, NaN where missing.
+        baseline: `mean` leaves the division out (Dr. GRPO); `leave_one_out` takes the mean of the other members of the
+            group, `n / (n - 1) (r - mean)` for n scores, and does not divide either (RLOO).
         eps: added to the standard deviation (GDPO: 1e-4).
         unbiased: False divides the variance by G, as arXiv 2606.11167 writes it; True by G - 1, as TRL does.
 
@@ -93,7 +97,17 @@ def standardise(
     present, mean, std = _moments(rewards, unbiased)
     equal = _all_equal(rewards)
     useful = present & ~equal.unsqueeze(-1)
-    return torch.where(useful, (rewards - mean) / (std + eps), 0.0).float(), equal
+    return torch.where(useful, (rewards - mean) * _scale(present, std, eps, baseline), 0.0).float(), equal
+
+
+def _scale(present: torch.Tensor, std: torch.Tensor, eps: float, baseline: str) -> torch.Tensor:
+    """What a group's centred rewards are multiplied with, `(groups, 1)`."""
+    if baseline == "standardised":
+        return 1.0 / (std + eps)
+    if baseline == "mean":
+        return torch.ones_like(std)
+    count = present.sum(-1, keepdim=True)
+    return count / (count - 1).clamp(min=1)
 
 
 def whitened(advantages: torch.Tensor, mask: torch.Tensor | None = None, eps: float = EPSILON) -> torch.Tensor:
@@ -117,6 +131,7 @@ def combine_advantages(
     whiten: bool = False,
     eps: float = EPSILON,
     unbiased: bool = False,
+    baseline: str = "standardised",
 ) -> AdvantageResult:
     """One advantage for each episode, from the rewards of all axes.
 
@@ -128,13 +143,15 @@ def combine_advantages(
             `r = sum_k w_k r_k`, then standardises r over the group (plain GRPO: the axis with the widest spread
             decides). There too a missing score counts as its axis' mean in the group, so that it moves nothing.
         whiten: apply `whitened` to the sum (GDPO's last step; arXiv 2606.11167 does not mention it).
-        eps, unbiased: as in `standardise`.
+        eps, unbiased, baseline: as in `standardise`.
 
     Raises:
-        ValueError: no axis, another method, shapes that differ, an axis without a weight.
+        ValueError: no axis, another method or baseline, shapes that differ, an axis without a weight.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method '{method}' of combining advantages: choose one of {', '.join(METHODS)}")
+    if baseline not in BASELINES:
+        raise ValueError(f"unknown baseline '{baseline}' of advantages: choose one of {', '.join(BASELINES)}")
     if not rewards:
         raise ValueError("no rewards to make advantages of")
     table = {name: _check(values, f"rewards of axis '{name}'") for name, values in rewards.items()}
@@ -143,7 +160,7 @@ def combine_advantages(
     missing = [name for name in table if name not in weights]
     if missing:
         raise ValueError(f"no weight for axis '{missing[0]}'")
-    contributions = _contributions(table, weights, method, eps, unbiased)
+    contributions = _contributions(table, weights, method, eps, unbiased, baseline)
     advantages = torch.stack(list(contributions.values())).sum(0)
     if whiten:
         judged = torch.stack([~values.isnan() for values in table.values()]).any(0)
@@ -152,20 +169,28 @@ def combine_advantages(
 
 
 def _contributions(
-    table: dict[str, torch.Tensor], weights: Mapping[str, float], method: str, eps: float, unbiased: bool
+    table: dict[str, torch.Tensor],
+    weights: Mapping[str, float],
+    method: str,
+    eps: float,
+    unbiased: bool,
+    baseline: str,
 ) -> dict[str, torch.Tensor]:
     """By axis, its part `(groups, G)` of the advantages; they add up to the advantages."""
     if method == "per_axis":
-        return {name: weights[name] * standardise(values, eps, unbiased)[0].double() for name, values in table.items()}
+        return {
+            name: weights[name] * standardise(values, eps, unbiased, baseline)[0].double()
+            for name, values in table.items()
+        }
     parts = {}
     for name, values in table.items():
         present, mean, _ = _moments(values, unbiased)
         parts[name] = weights[name] * torch.where(present, values - mean, 0.0)
     judged = torch.stack([~values.isnan() for values in table.values()]).any(0)
     total = torch.where(judged, torch.stack(list(parts.values())).sum(0), torch.nan)
-    _, _, std = _moments(total, unbiased)
-    useful = ~_all_equal(total).unsqueeze(-1)
-    return {name: torch.where(useful, part / (std + eps), 0.0) for name, part in parts.items()}
+    present, _, std = _moments(total, unbiased)
+    scale = torch.where(_all_equal(total).unsqueeze(-1), 0.0, _scale(present, std, eps, baseline))
+    return {name: part * scale for name, part in parts.items()}
 
 
 def _statistics(

@@ -32,6 +32,16 @@ def entropy(log_policy: torch.Tensor) -> torch.Tensor:
     return -torch.where(probability > 0, probability * log_policy, torch.zeros_like(log_policy)).sum(dim=-1)
 
 
+def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
+    """The policy projected on {silent, speak}: `(..., V)` log-probabilities to `(..., 2)`.
+
+    ASPIRin (arXiv 2604.10065): the mass of the padding token against that of all others, probabilities summed (not
+    logits). Every token but `silent` speaks, the one that announces a word too.
+    """
+    others = torch.cat([log_policy[..., :silent], log_policy[..., silent + 1 :]], dim=-1)
+    return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
+
+
 def grpo_loss(
     log_probs: torch.Tensor,
     behaviour_log_probs: torch.Tensor,
@@ -40,19 +50,26 @@ def grpo_loss(
     mask: torch.Tensor,
     clip: float = 0.2,
     kl_beta: float = 0.01,
+    clip_high: float | None = None,
+    sequence_ratio: bool = False,
+    length: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy-gradient loss with a KL penalty (arXiv 2606.11167, section 3; GRPO, arXiv 2402.03300, eq. 3).
 
-        L = -1/B sum_b 1/N_b sum_n [ min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL_n ]
+        L = -1/B sum_b 1/N_b sum_n [ min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) - beta KL_n ]
 
     Args:
-        log_probs: `(B, T)` of the text tokens under the policy that is trained.
+        log_probs: `(B, T)` of what was done at each frame under the policy that is trained: the text tokens, or
+            their projection on {silent, speak}.
         behaviour_log_probs: `(B, T)` under the policy that acted.
-        advantages: `(B,)`, one for a whole episode.
+        advantages: `(B,)`, one for a whole episode, or `(B, T)`.
         kl: `(B, T)` KL[policy || reference] at each frame.
         mask: `(B, T)` bool.
         clip: eps.
         kl_beta: beta.
+        clip_high: eps_high, None for eps (clip-higher, DAPO, arXiv 2503.14476, section 3.1).
+        sequence_ratio: one ratio for an episode, `exp(1/N_b sum_n log rho_n)` (GSPO, arXiv 2507.18071, eq. 7).
+        length: divides every episode's sum instead of its own N_b (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
     Returns:
         The loss, and detached diagnostics: `kl`, `approx_kl` (of behaviour to trained policy, Schulman's k3),
@@ -60,12 +77,17 @@ def grpo_loss(
     """
     # Masked before the exponential: a gradient of exp at garbage would be NaN even where the value is dropped.
     log_ratio = torch.where(mask, log_probs - behaviour_log_probs, torch.zeros_like(log_probs))
+    if sequence_ratio:
+        log_ratio = torch.where(mask, masked_mean(log_ratio, mask)[:, None], torch.zeros_like(log_ratio))
     ratio = log_ratio.exp()
-    gain = advantages[:, None]
-    objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
-    loss = -(masked_mean(objective, mask) - kl_beta * masked_mean(kl, mask)).mean()
+    gain = advantages[:, None] if advantages.ndim == 1 else advantages
+    high = clip if clip_high is None else clip_high
+    objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + high) * gain)
+    value = masked_mean(objective, mask) - kl_beta * masked_mean(kl, mask)
+    if length is not None:
+        value = value * mask.sum(dim=-1) / length
     with torch.no_grad():
-        clipped = ((ratio - 1).abs() > clip).float()
+        clipped = ((ratio < 1 - clip) | (ratio > 1 + high)).float()
         diagnostics = {
             "kl": masked_mean(kl, mask).mean(),
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask).mean(),
@@ -73,4 +95,4 @@ def grpo_loss(
             "ratio_mean": masked_mean(ratio, mask).mean(),
             "ratio_max": ratio.max(),
         }
-    return loss, diagnostics
+    return -value.mean(), diagnostics

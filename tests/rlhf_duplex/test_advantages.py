@@ -107,3 +107,19 @@ def test_wrong_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             combine_advantages(rewards, weights, method)
+
+
+def test_baselines_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 6.0, NAN], [4.0, 4.0, 4.0, 4.0]])
+    mean, _ = standardise(rewards, baseline="mean")
+    assert torch.allclose(mean[0], torch.tensor([-2.0, -1.0, 3.0, 0.0]))  # Dr. GRPO: no division
+    others, equal = standardise(rewards, baseline="leave_one_out")
+    # RLOO: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
+    assert torch.allclose(others[0], torch.tensor([-3.0, -1.5, 4.5, 0.0]))
+    assert others[1].tolist() == [0.0] * 4
+    assert equal.tolist() == [False, True]
+    for method in ("per_axis", "weighted_sum"):
+        result = combine_advantages({"a": rewards}, {"a": 2.0}, method, baseline="leave_one_out")
+        assert torch.allclose(result.advantages[0], 2 * others[0])
+    with pytest.raises(ValueError, match="baseline"):
+        combine_advantages({"a": rewards}, {"a": 1.0}, baseline="median")

@@ -74,6 +74,43 @@ def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
     assert torch.equal(ours.log_probs, theirs.log_probs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "speaking", "word_kl_beta": 0.1, "passes": 2},
+        {"algorithm": "gspo", "clip": 4e-4},
+        {"algorithm": "dr_grpo", "clip_high": 0.28},
+        {"algorithm": "rloo"},
+    ],
+    ids=lambda options: str(next(iter(options.values()))),
+)
+def test_every_objective_raises_speech_that_had_a_high_advantage(setting, options):
+    """Advantage for the episodes that speak most: after a few updates, they are likelier than the others."""
+    bundle, _, _, _, episodes = setting
+    policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+    config = OptimiserConfig(learning_rate=1e-4, schedule="constant", warmup_updates=0)
+    learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=3, **options), config, seed=0)
+    silent = policy.lm.text_padding_token_id
+    spoken = torch.tensor([float((e.text_tokens != silent).mean()) for e in episodes])
+    advantages = torch.where(spoken > spoken.median(), 1.0, -1.0)
+    batch = make_batch(episodes, advantages, bundle.codec.frame_rate, policy.device)
+    before = _speech(policy, batch)
+    first = learner.update(batch, 0)
+    assert first["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    if options.get("word_kl_beta"):
+        assert 0.0 <= first["kl_words"] <= first["kl"]
+    after = _speech(policy, batch)
+    assert after > before
+
+
+def _speech(policy, batch):
+    """Mean probability of speaking at the frames of a batch."""
+    with torch.no_grad():
+        _, distribution = policy.evaluate_actions(batch.codes)
+    silent = distribution[..., policy.lm.text_padding_token_id].exp()
+    return 1 - float(silent[batch.mask].mean())
+
+
 def test_an_update_raises_what_had_a_high_advantage(setting):
     bundle, _, _, _, episodes = setting
     policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
 
 
 def test_loss_by_hand():
@@ -73,3 +73,40 @@ def test_microbatches_add_up():
         for i in (0, 2, 4)
     ]
     assert whole.item() == pytest.approx(sum(p.item() for p in parts) / 3, abs=1e-6)
+
+
+def test_variants_by_hand():
+    ratio = torch.tensor([[1.25, 1.6], [0.5, 1.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    zero, advantages = torch.zeros(2, 2), torch.tensor([2.0, -1.0])
+    # Clip-higher: 1.25 stays below 1.28, 1.6 is cut to it; the lower side is cut at 0.8 as before.
+    loss, diagnostics = grpo_loss(ratio.log(), zero, advantages, zero, mask, clip=0.2, clip_high=0.28)
+    assert loss.item() == pytest.approx(-((1.25 + 1.28) / 2 * 2.0 - 0.8) / 2)
+    assert diagnostics["clip_fraction"].item() == pytest.approx((0.5 + 1.0) / 2)
+    # GSPO: one ratio an episode, the geometric mean: sqrt(1.25 * 1.6) = sqrt 2, cut to 1.3; and 0.5, cut to 0.7.
+    loss, _ = grpo_loss(ratio.log(), zero, advantages, zero, mask, clip=0.3, sequence_ratio=True)
+    assert loss.item() == pytest.approx(-(1.3 * 2.0 - 0.7) / 2)
+    # Dr. GRPO: sums over 4 instead of means over the episodes' own 2 and 1 frames; KL as well.
+    kl = torch.full((2, 2), 0.5)
+    loss, _ = grpo_loss(ratio.log(), zero, advantages, kl, mask, clip=0.2, kl_beta=0.1, length=4.0)
+    assert loss.item() == pytest.approx(-((1.2 + 1.2) * 2.0 / 4 - 0.8 / 4 - 0.1 * 0.5 * (2 + 1) / 4) / 2)
+
+
+def test_advantages_by_frame_are_those_of_each_frame():
+    advantages = torch.tensor([[1.0, -3.0]])
+    loss, _ = grpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), advantages, torch.zeros(1, 2), torch.ones(1, 2).bool())
+    assert loss.item() == pytest.approx(1.0)
+
+
+def test_silent_and_speaking_by_hand():
+    policy = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.25, 0.75, 0.0]]).log()
+    projected = speaking_log_probs(policy, silent=2).exp()
+    assert torch.allclose(projected, torch.tensor([[0.3, 0.7], [0.75, 0.25]]))
+
+
+def test_kl_is_the_sum_of_timing_and_words():
+    # The chain rule: KL = KL{silent, speak} + P(speak) KL of the token given that one is spoken.
+    policy, reference = torch.tensor([0.5, 0.4, 0.1]), torch.tensor([0.2, 0.2, 0.6])
+    timing = exact_kl(speaking_log_probs(policy.log(), 0), speaking_log_probs(reference.log(), 0))
+    words = 0.5 * (0.8 * math.log(0.8 / 0.25) + 0.2 * math.log(0.2 / 0.75))
+    assert (exact_kl(policy.log(), reference.log()) - timing).item() == pytest.approx(words, abs=1e-6)
