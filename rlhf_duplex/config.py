@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
+from rlhf_duplex.cluster_config import ClusterConfig, check_cluster
 
 
 @dataclass
@@ -23,7 +24,8 @@ class TrainerConfig:
     Attributes:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
-            ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
+            ratio for a whole episode; its clip is of another order, 4e-4 in the paper); or `ppo`, with a value function
+            in place of the group's baseline (options under `ppo`).
         objective: what was done at a frame: `tokens`, the text token that was drawn, or `speaking`, whether it was the
             padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not.
         updates: how many [100].
@@ -37,6 +39,10 @@ class TrainerConfig:
             the sum of this part and of that between {silent, speak}): keeps the words and leaves the timing free.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
+        ahead: roll out the next update's episodes while this one is learned from (they are then one update old;
+            needs workers of their own). Their frames are weighted with the ratio of the policy that the update begins
+            with to the one that acted, at most `importance_cap`. The update after a checkpoint has fresh episodes, so
+            that a resumed run is the same run.
     """
 
     algorithm: str = "grpo"
@@ -53,6 +59,26 @@ class TrainerConfig:
     word_kl_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
+    ahead: bool = False
+    importance_cap: float = 2.0
+
+
+@dataclass
+class PpoConfig:
+    """The value function of `trainer.algorithm: ppo`, and its advantages; see `rlhf_duplex.algorithms.values`.
+
+    Attributes:
+        gamma, gae_lambda: discount and lambda a frame (80 ms).
+        value_clip: how far a value may move from its old one, in units of the reward; 0: as far as it likes.
+        value_learning_rate: of the head, constant.
+        standardise_rewards: rewards of an axis in standard deviations from their mean over the batch.
+    """
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.99
+    value_clip: float = 0.5
+    value_learning_rate: float = 1e-3
+    standardise_rewards: bool = True
 
 
 @dataclass
@@ -112,10 +138,15 @@ class RolloutConfig:
 
 @dataclass
 class CheckpointingConfig:
-    """A checkpoint every so many updates (and at the end); the last `keep` are kept."""
+    """A checkpoint every so many updates (and at the end); the last `keep` are kept, and the best.
+
+    `best`: a metric of metrics.jsonl, its mean over the updates since the checkpoint before; higher is better, with a
+    minus before its name lower is (`-kl`). `checkpoints/best` points to it. Empty: none is kept as the best.
+    """
 
     every: int = 10
     keep: int = 2
+    best: str = "reward/total"
 
 
 @dataclass
@@ -136,13 +167,6 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
-
-
-@dataclass
-class ClusterConfig:
-    """`workers`: 0 runs in the process itself."""
-
-    workers: int = 0
 
 
 @dataclass
@@ -205,6 +229,7 @@ class Config:
     device: str = "cpu"
     dtype: str = "float32"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
@@ -307,6 +332,8 @@ def check_config(config: Config) -> None:
         "evaluation.samples": config.evaluation.samples,
         "optimiser.learning_rate": optimiser.learning_rate,
         "optimiser.clip_norm": optimiser.clip_norm,
+        "trainer.importance_cap": trainer.importance_cap,
+        "ppo.value_learning_rate": config.ppo.value_learning_rate,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -324,6 +351,7 @@ def check_config(config: Config) -> None:
         "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
         "trainer.kl_beta": trainer.kl_beta,
         "trainer.word_kl_beta": trainer.word_kl_beta,
+        "ppo.value_clip": config.ppo.value_clip,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
@@ -335,7 +363,7 @@ def check_config(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
-        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
+        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo", "ppo")),
         "trainer.objective": (trainer.objective, ("tokens", "speaking")),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
@@ -344,11 +372,14 @@ def check_config(config: Config) -> None:
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
             raise InputError(f"{key} '{chosen}' is not known: choose {' or '.join(allowed)}")
+    if not (0 <= config.ppo.gamma <= 1 and 0 <= config.ppo.gae_lambda <= 1):
+        raise InputError(
+            f"ppo.gamma and ppo.gae_lambda must lie in [0, 1], found {config.ppo.gamma} and {config.ppo.gae_lambda}"
+        )
     check_lora(config.lora)
     if config.lora.rank and "temporal" not in config.lora.parts:
         raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
-    if config.cluster.workers != 0:
-        raise InputError(f"cluster.workers is {config.cluster.workers}, only 0 (in the process itself) is supported")
+    check_cluster(config.cluster, trainer.ahead)
     for name in config.trackers:
         if name not in ("tensorboard", "wandb"):
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
@@ -359,6 +390,7 @@ _DECIDES_NUMBERS = (
     "checkpoint",
     "segments",
     "trainer",
+    "ppo",
     "optimiser",
     "sampling",
     "context",

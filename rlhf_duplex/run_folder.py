@@ -52,6 +52,10 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
     return run_dir
 
 
+class StoppedError(Exception):
+    """A signal asked for an end, and what was under way is begun anew when the run goes on."""
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM: the loop ends after the update that is under way, with a checkpoint."""

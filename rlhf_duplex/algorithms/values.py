@@ -102,7 +102,10 @@ def value_loss(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """`1 - Var[R - V] / Var[R]` over the frames of the mask: 1 perfect, 0 no better than a constant; 0 without spread."""
+    """`1 - Var[R - V] / Var[R]` over the frames of the mask: 1 is perfect, 0 no better than a constant.
+
+    0 where the returns have no spread.
+    """
     inside = returns[mask].double()
     spread = inside.var(correction=0).item() if len(inside) else 0.0
     if spread <= 1e-12:

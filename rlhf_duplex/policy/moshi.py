@@ -200,6 +200,10 @@ class MoshiPolicy:
 
         Equals `LMModel.forward(codes).text_logits[:, 0]` (tested).
         """
+        return self.forward(codes)[1]
+
+    def forward(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The temporal transformer's output `(B, T, D)` before each frame's token is drawn, and the text logits."""
         lm = self.lm
         initial = lm._get_initial_token().expand(len(codes), -1, -1)
         delayed = torch.cat([initial, _delay_sequence(lm.delays, codes, initial)], dim=2)
@@ -209,7 +213,8 @@ class MoshiPolicy:
         for stream, table in enumerate(lm.emb[1:], start=2):
             inputs = inputs + table(tokens[:, stream])
         hidden = PlainTransformer(lm.transformer, tokens.shape[-1]).whole(inputs + lm.text_emb(tokens[:, 0]))
-        return lm.text_linear(plain_norm(lm.out_norm)(hidden))
+        hidden = plain_norm(lm.out_norm)(hidden)
+        return hidden, lm.text_linear(hidden)
 
     def evaluate_actions(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the text tokens of whole episodes, under the same transform as when acting.
@@ -221,8 +226,11 @@ class MoshiPolicy:
             `(B, T)` log-probability of each text token (of token 0 where the text is -1: mask it), and `(B, T, V)`
             the whole log-distribution, for KL and entropy.
         """
+        return self.evaluate(codes)[1:]
+
+    def evaluate(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `evaluate_actions`, and before it the temporal transformer's output `(B, T, D)`, for a value function."""
         text = codes[:, 0].clamp(min=0)
-        distribution = log_distribution(
-            self.text_logits(codes), self.sampling.text_temperature, self.sampling.text_top_k, keep=text
-        )
-        return distribution.gather(-1, text[..., None])[..., 0], distribution
+        hidden, logits = self.forward(codes)
+        distribution = log_distribution(logits, self.sampling.text_temperature, self.sampling.text_top_k, keep=text)
+        return hidden, distribution.gather(-1, text[..., None])[..., 0], distribution
