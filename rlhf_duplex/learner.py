@@ -88,8 +88,8 @@ def make_batch(episodes: Sequence[Episode], advantages: torch.Tensor, frame_rate
     mask = torch.zeros(len(rows), frames, dtype=torch.bool)
     for index, (episode, row) in enumerate(zip(episodes, rows, strict=True)):
         count = row.shape[1]
-        codes[index, :, :count] = torch.from_numpy(row)
-        log_probs[index, :count] = torch.from_numpy(episode.log_probs)
+        codes[index, :, :count] = torch.tensor(row)
+        log_probs[index, :count] = torch.tensor(episode.log_probs)
         mask[index, :count] = torch.from_numpy(episode.frame_mask(frame_rate))
     return Batch(codes.to(device), log_probs.to(device), mask.to(device), advantages.to(device))
 

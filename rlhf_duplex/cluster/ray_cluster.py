@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 from rich.console import Console
 
+from envs.segments import Segment
 from rlhf_duplex.cluster.learners import LearnerGroup
 from rlhf_duplex.cluster.local import LearnersLostError
 from rlhf_duplex.cluster.pool import RolloutPool
@@ -16,6 +17,13 @@ from rlhf_duplex.cluster.roles import Played, Unit
 from rlhf_duplex.config import Config
 from rlhf_duplex.inputs import Inputs
 from rlhf_duplex.learner import Batch
+
+
+def _absolute(segment: Segment) -> Segment:
+    agent = segment.agent_recording
+    return replace(
+        segment, recording=segment.recording.resolve(), agent_recording=None if agent is None else agent.resolve()
+    )
 
 
 class RayCluster:
@@ -40,8 +48,7 @@ class RayCluster:
         count = cluster.workers + (0 if self._colocated else cluster.learners)
         with console.status(f"starting {count} processes on Ray"):
             self._started_ray = connect(config, count)
-            here = [replace(s, recording=s.recording.resolve()) for s in inputs.segments]
-            self._segments = ray.put(here)
+            self._segments = ray.put([_absolute(segment) for segment in inputs.segments])
             try:
                 self._learners = self._start_learners()
                 self.pool = self._make_pool()
