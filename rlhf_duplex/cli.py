@@ -26,6 +26,13 @@ PIPELINE_HELP = """examples:
   rlhf-duplex pipeline configs/pipeline.yaml
   rlhf-duplex pipeline configs/pipeline.yaml run_dir=runs/second
   rlhf-duplex pipeline configs/pipeline.yaml --dry-run"""
+ABLATE_HELP = """examples:
+  rlhf-duplex ablate configs/ablations/leave_one_axis_out.yaml
+  rlhf-duplex ablate configs/ablations/leave_one_axis_out.yaml seeds=[0] trainer.updates=10 run_dir=runs/short
+  rlhf-duplex ablate configs/ablations/reward_weights.yaml --dry-run
+  rlhf-duplex ablate configs/ablations/reward_weights.yaml --retry-failed
+
+Started again, the same command goes on; finished trials are never run again."""
 REPORT_HELP = """example:
   rlhf-duplex report runs/quickstart"""
 
@@ -78,6 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     curate_options.add_arguments(curate)
+    ablate = commands.add_parser(
+        "ablate",
+        help="train with one thing changed at a time, over seeds; a table and a page of what it does",
+        epilog=ABLATE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ablate.add_argument("config", type=Path, help="a YAML file with `base` and what varies")
+    ablate.add_argument("overrides", nargs="*", metavar="key=value", help="of the ablation, or of every trial")
+    ablate.add_argument("--dry-run", action="store_true", help="list the trials, run none")
+    ablate.add_argument("--retry-failed", action="store_true", help="start trials again that have failed for good")
     report = commands.add_parser(
         "report",
         help="write report.html of a run folder anew",
@@ -141,6 +158,8 @@ def _run(options: argparse.Namespace) -> int:
         verb = "would run" if options.dry_run else "ran"
         print(f"{verb} {', '.join(outcome.ran) or 'nothing'}; done before: {', '.join(outcome.kept) or 'nothing'}")
         return 0
+    if options.command == "ablate":
+        return _ablate(options)
     path, overrides = None, list(options.arguments)
     if overrides and "=" not in overrides[0]:
         path = Path(overrides.pop(0))
@@ -153,6 +172,19 @@ def _run(options: argparse.Namespace) -> int:
 
     command = trainer.train if options.command == "train" else trainer.evaluate
     command(config)
+    return 0
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from rlhf_duplex.ablate.plan import load_plan
+    from rlhf_duplex.ablate.run import ablate, show_plan
+    from rlhf_duplex.trainer import make_console
+
+    plan = load_plan(options.config, options.overrides)
+    if options.dry_run:
+        show_plan(plan, make_console())
+    else:
+        ablate(plan, make_console(), options.retry_failed)
     return 0
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.cluster_config import ClusterConfig, check_cluster
 
 
@@ -26,8 +27,8 @@ class TrainerConfig:
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
             ratio for a whole episode; its clip is of another order, 4e-4 in the paper); or `ppo`, with a value function
             in place of the group's baseline (options under `ppo`).
-        objective: what was done at a frame: `tokens`, the text token that was drawn, or `speaking`, whether it was the
-            padding token or any other (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not.
+        objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
+            `rlhf_duplex.algorithms.objectives.Objective`.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
@@ -35,8 +36,8 @@ class TrainerConfig:
         passes: times that an update goes over its episodes.
         clip: eps of the ratio [0.2]; clip_high: eps above 1 where it is another (DAPO's clip-higher: 0.28).
         kl_beta: weight of KL[policy || reference] [0.01].
-        word_kl_beta: further weight of that part of the KL which is about the token given that the agent speaks (KL is
-            the sum of this part and of that between {silent, speak}): keeps the words and leaves the timing free.
+        sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
+            token: keeps how sentences go on, and leaves free when they begin.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
         ahead: roll out the next update's episodes while this one is learned from (they are then one update old;
@@ -47,6 +48,7 @@ class TrainerConfig:
 
     algorithm: str = "grpo"
     objective: str = "tokens"
+    onset_frames: int = 8
     updates: int = 24
     groups: int = 12
     group_size: int = 16
@@ -56,7 +58,7 @@ class TrainerConfig:
     clip: float = 0.2
     clip_high: float | None = None
     kl_beta: float = 0.01
-    word_kl_beta: float = 0.0
+    sentence_kl_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
     ahead: bool = False
@@ -160,6 +162,8 @@ class EvaluationConfig:
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
+        before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
+            episodes beside it) instead of playing them again; None plays them.
     """
 
     segments: str | None = None
@@ -167,6 +171,7 @@ class EvaluationConfig:
     samples: int = 1
     episodes: int = 6
     seed: int = 1
+    before: str | None = None
 
 
 @dataclass
@@ -213,6 +218,7 @@ class Config:
         seed: of everything random.
         checkpoint: `nano`, a bundle's folder, or a hub id.
         segments: manifest to train on, or `nano` for the segments that ship with it.
+        train_axes: train on the segments of these axes only; empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         rewards: by axis, `weight`, `target` and the axis' own options.
@@ -225,6 +231,7 @@ class Config:
     seed: int = 0
     checkpoint: str = "nano"
     segments: str = "nano"
+    train_axes: list[str] = field(default_factory=list)
     resume: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -326,6 +333,7 @@ def check_config(config: Config) -> None:
         "trainer.minibatch": trainer.minibatch,
         "trainer.microbatch": trainer.microbatch,
         "trainer.passes": trainer.passes,
+        "trainer.onset_frames": trainer.onset_frames,
         "rollout.batch_size": config.rollout.batch_size,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
@@ -350,7 +358,7 @@ def check_config(config: Config) -> None:
         "trainer.clip": trainer.clip,
         "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
         "trainer.kl_beta": trainer.kl_beta,
-        "trainer.word_kl_beta": trainer.word_kl_beta,
+        "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
         "ppo.value_clip": config.ppo.value_clip,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
@@ -364,7 +372,7 @@ def check_config(config: Config) -> None:
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
         "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo", "ppo")),
-        "trainer.objective": (trainer.objective, ("tokens", "speaking")),
+        "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
         "dtype": (config.dtype, ("float32", "bfloat16")),
@@ -385,10 +393,11 @@ def check_config(config: Config) -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
-_DECIDES_NUMBERS = (
+DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
     "segments",
+    "train_axes",
     "trainer",
     "ppo",
     "optimiser",
@@ -412,7 +421,7 @@ def _deciding(value: Any) -> Any:
 
 
 def check_resumed(
-    config: Any, saved: Path, parts: Sequence[str] = _DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
+    config: Any, saved: Path, parts: Sequence[str] = DECIDES_NUMBERS, free: Sequence[str] = ("trainer.updates",)
 ) -> None:
     """A resumed run is the same run: whatever decides its numbers must be as it was (more updates may be added).
 

@@ -26,7 +26,7 @@ from rlhf_duplex.policy.lora import add_lora, part_of
 from rlhf_duplex.trainer import make_console
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
-from rlhf_duplex.warmstart.model import PairModel, stream_ids
+from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 FRAME_RATE = 12.5
 GIB = 2**30
@@ -169,7 +169,7 @@ def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], fra
     half = config.dtype == "bfloat16" or config.training.autocast == "bfloat16"
     lm = meta_model(arguments, torch.bfloat16 if half else torch.float32)
     _prepare(lm, config)
-    model = PairModel(lm, config.loss.streams)
+    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss))
     ids = stream_ids(lm, config.loss.streams)
     reply = max(2, frames // 2)
     context, either = (torch.zeros(1 + lm.n_q, n, dtype=torch.long) for n in (frames - reply, reply))

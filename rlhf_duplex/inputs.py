@@ -14,6 +14,7 @@ from envs.segments import Segment, read_manifest
 from envs.speech import SpeechDetector, make_detector
 from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.config import Config
+from rlhf_duplex.evaluation.metrics import read_results
 from rlhf_duplex.policy.bundle import check_bundle, find_bundle, local_info
 from rlhf_duplex.tracking import check_trackers
 
@@ -25,6 +26,7 @@ class Inputs:
     """What a run works on, checked."""
 
     segments: list[Segment]
+    trained: list[Segment]  # those of `segments` that are trained on
     held_out: list[Segment]
     held_out_is_training: bool
     reward_function: RewardFunction
@@ -47,8 +49,14 @@ def load_inputs(config: Config) -> Inputs:
         evaluation = "nano"
     held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
     held_out = first_of_each(held_out, config.evaluation.limit)
+    if config.evaluation.before is not None:
+        read_results(Path(config.evaluation.before))
+    missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
+    if missing:
+        raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
+    trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
-    return Inputs(segments, held_out, evaluation is None, reward_function, detector)
+    return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
 
 
 def check_machine(config: Any) -> None:

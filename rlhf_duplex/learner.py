@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from envs.episode import Episode
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.algorithms.values import (
     explained_variance,
     generalised_advantages,
@@ -119,6 +120,12 @@ class Learner:
     ) -> None:
         self.trainer, self.config, self.seed, self.ppo = trainer, optimiser, seed, ppo or PpoConfig()
         self.parallel = parallel or Alone()
+        self.objective = Objective(
+            trainer.objective,
+            policy.lm.text_padding_token_id,
+            policy.lm.end_of_text_padding_id,
+            trainer.onset_frames,
+        )
         self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():
             # The loss is on text tokens alone: the depth transformer gets no gradient, and no weight decay either.
@@ -186,7 +193,7 @@ class Learner:
 
     def _prepare(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         """What is computed with the policy as it is before the update: PPO's advantages, what an older policy's
-        episodes are worth, the projected log-probabilities of the objective `speaking`."""
+        episodes are worth, and the log-probabilities of what was done as another objective than `tokens` sees it."""
         trainer, figures = self.trainer, {}
         if self.critic is None and not trainer.ahead and trainer.objective == "tokens":
             return batch, {}
@@ -205,7 +212,7 @@ class Learner:
             figures["importance_truncated"] = float((inside >= trainer.importance_cap).float().mean())
             advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
             batch = replace(batch, advantages=advantages * weights, log_probs=tokens)
-        if trainer.objective == "speaking":
+        if trainer.objective != "tokens":
             batch = replace(batch, log_probs=projected)
         return batch, figures
 
@@ -218,7 +225,7 @@ class Learner:
                 rows = batch.rows(part[0])
                 hidden, tokens, distribution = self.policy.evaluate(rows.codes)
                 values = torch.zeros_like(tokens) if self.critic is None else self.critic.values(hidden)
-                return tokens, self._log_probs(tokens, distribution, rows.codes), values
+                return tokens, self.objective.log_probs(distribution, rows.codes[:, 0]), values
 
         result = torch.zeros(3, *batch.log_probs.shape, device=batch.log_probs.device)
         order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
@@ -228,14 +235,6 @@ class Learner:
                 result[place, index, : values.shape[1]] = values
         tokens, projected, values = self.parallel.total(result).unbind()
         return tokens, projected, values
-
-    def _log_probs(self, tokens: torch.Tensor, distribution: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(B, T)` of what was done, as the objective sees it."""
-        if self.trainer.objective == "tokens":
-            return tokens
-        silent = self.policy.lm.text_padding_token_id
-        spoke = (codes[:, 0] != silent).long()
-        return speaking_log_probs(distribution, silent).gather(-1, spoke[..., None])[..., 0]
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
@@ -288,23 +287,21 @@ class Learner:
         return gradients, {name: value.detach() for name, value in {**diagnostics, "loss": loss}.items()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        hidden, tokens, distribution = self.policy.evaluate(batch.codes)
+        hidden, _, distribution = self.policy.evaluate(batch.codes)
         with torch.no_grad():
             _, reference = self.reference.evaluate_actions(batch.codes)
         kl = exact_kl(distribution, reference)
-        penalty, trainer = kl, self.trainer
-        if trainer.word_kl_beta:
-            silent = self.policy.lm.text_padding_token_id
-            timing = exact_kl(speaking_log_probs(distribution, silent), speaking_log_probs(reference, silent))
-            penalty = trainer.kl_beta * kl + trainer.word_kl_beta * (kl - timing)
+        trainer = self.trainer
+        # Weighted by frame; `grpo_loss` takes the mean over all of them.
+        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
-            self._log_probs(tokens, distribution, batch.codes),
+            self.objective.log_probs(distribution, batch.codes[:, 0]),
             batch.log_probs,
             batch.advantages,
-            penalty,
+            weight * kl,
             batch.mask,
             trainer.clip,
-            1.0 if trainer.word_kl_beta else trainer.kl_beta,
+            1.0,
             trainer.clip_high,
             sequence_ratio=trainer.algorithm == "gspo",
             length=length,
@@ -312,8 +309,6 @@ class Learner:
         with torch.no_grad():
             diagnostics["kl"] = masked_mean(kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(entropy(distribution), batch.mask).mean()
-            if trainer.word_kl_beta:
-                diagnostics["kl_words"] = masked_mean(kl - timing, batch.mask).mean()
         if self.critic is not None and batch.values is not None and batch.returns is not None:
             values = self.critic.values(hidden)
             diagnostics["value_loss"] = value_loss(values, batch.values, batch.returns, batch.mask, self.ppo.value_clip)

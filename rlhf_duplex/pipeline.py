@@ -18,7 +18,6 @@ fits is not run again. One that was interrupted goes on with `resume=true` where
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InputError
+from envs.files import write_text
 
 RESUMED = ("train", "warmstart")  # commands that take resume=true
 COMMANDS = ("curate", "pairs", "converse", "warmstart", "train", "evaluate", "ablate", "report", "export")
@@ -178,10 +178,7 @@ def _read_stamp(path: Path) -> dict[str, Any]:
 
 
 def _write_stamp(path: Path, key: str, done: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"hash": key, "done": done}) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps({"hash": key, "done": done}) + "\n")
 
 
 def is_done(pipeline: Pipeline, stage: Stage) -> bool:

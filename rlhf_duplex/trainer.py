@@ -24,7 +24,7 @@ from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
 from rlhf_duplex.cluster.roles import Played, Scores, make_units
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.metrics import format_table, read_results
-from rlhf_duplex.evaluation.suite import record_suite, suite_episodes
+from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
 from rlhf_duplex.inputs import NANO_DATA, Inputs, check_machine, first_of_each, load_inputs, load_segments
 from rlhf_duplex.learner import make_batch
 from rlhf_duplex.report.build import build_report
@@ -130,7 +130,7 @@ class Trainer:
     def begin_rollouts(self, update: int) -> None:
         """Have the episodes of an update rolled out with the weights of now."""
         config, trainer = self.config, self.config.trainer
-        groups = segments_of_update(self.inputs.segments, update, trainer.groups, config.seed)
+        groups = segments_of_update(self.inputs.trained, update, trainer.groups, config.seed)
         rng = np.random.default_rng((config.seed, update))
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
@@ -361,7 +361,8 @@ def _evaluated(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any] | None]
     elif trainer.update == 0:
         if last_checkpoint(run_dir) is None:
             trainer.save()  # whatever stops the run from here on, it can go on
-        before = trainer.evaluate("before")
+        known = trainer.config.evaluation.before is not None
+        before = take_before(trainer.config, run_dir) if known else trainer.evaluate("before")
     else:
         raise InputError(f"{path} is missing and update {trainer.update} is past it: start without resume=true")
     return before, None if trainer.run() else trainer.evaluate("after")

@@ -32,16 +32,6 @@ def entropy(log_policy: torch.Tensor) -> torch.Tensor:
     return -torch.where(probability > 0, probability * log_policy, torch.zeros_like(log_policy)).sum(dim=-1)
 
 
-def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
-    """The policy projected on {silent, speak}: `(..., V)` log-probabilities to `(..., 2)`.
-
-    ASPIRin (arXiv 2604.10065): the mass of the padding token against that of all others, probabilities summed (not
-    logits). Every token but `silent` speaks, the one that announces a word too.
-    """
-    others = torch.cat([log_policy[..., :silent], log_policy[..., silent + 1 :]], dim=-1)
-    return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
-
-
 def grpo_loss(
     log_probs: torch.Tensor,
     behaviour_log_probs: torch.Tensor,

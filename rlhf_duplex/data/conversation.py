@@ -20,6 +20,7 @@ import numpy as np
 from envs.audio import AUDIO_SUFFIXES, audio_info, read_audio, write_audio
 from envs.episode import Word
 from envs.errors import InputError
+from envs.files import write_text
 from envs.speech import Interval
 
 AGENT_CHANNEL, USER_CHANNEL = 0, 1
@@ -253,5 +254,5 @@ def write_conversation(
     said.sort(key=lambda entry: entry[0].start)
     rows = [[word.text, [round(word.start, 3), round(word.end, 3)], label] for word, label in said]
     write_audio(path, stereo, sample_rate)
-    path.with_suffix(".json").write_text(json.dumps({"alignments": rows}, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), json.dumps({"alignments": rows}, ensure_ascii=False) + "\n")
     return Entry(path.with_suffix("").name, path, length / sample_rate)

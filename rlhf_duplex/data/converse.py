@@ -6,7 +6,6 @@ the user's words from the manifest, the agent's from its inner monologue.
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 from envs.audio import audio_info, read_audio, write_audio
 from envs.dialogues import UserSides
 from envs.episode import Episode, Word
+from envs.files import write_text
 from envs.segments import Segment
 from envs.speech import Interval
 from envs.vector import DuplexDialogueVectorEnv
@@ -80,9 +80,7 @@ def converse(
             entries.append(_write(path, episode, streams))
     lines = [json.dumps({"path": e.path.name, "duration": round(e.duration or 0.0, 3)}) + "\n" for e in entries]
     listing = out / "conversations.jsonl"
-    temporary = listing.with_name(f".{listing.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, listing)
+    write_text(listing, "".join(lines))
     return entries
 
 

@@ -23,7 +23,8 @@ class PairOptions:
         max_pairs: conversations: pairs of one dialogue.
         strict: conversations: a bad recording ends the run.
         group_size: rollouts: episodes of a segment.
-        margin: rollouts: least difference of reward between best and worst.
+        segment_pairs: rollouts: most pairs of a segment: best against worst, second best against second worst...
+        margin: rollouts: least difference of reward between chosen and rejected.
         lead_in: rollouts: silence before a segment.
         batch_size: episodes, or dialogues, at once.
         text_temperature, audio_temperature, audio_top_k: of the policy.
@@ -44,6 +45,7 @@ class PairOptions:
     max_pairs: int = 2
     strict: bool = False
     group_size: int = 8
+    segment_pairs: int = 1
     margin: float = 0.5
     lead_in: float = 1.0
     batch_size: int = 64
@@ -54,7 +56,15 @@ class PairOptions:
     def __post_init__(self) -> None:
         from envs.errors import InputError  # `envs` imports torch
 
-        counts = {"candidates": 1, "max_pairs": 1, "group_size": 2, "batch_size": 1, "audio_top_k": 0, "seed": 0}
+        counts = {
+            "candidates": 1,
+            "max_pairs": 1,
+            "group_size": 2,
+            "segment_pairs": 1,
+            "batch_size": 1,
+            "audio_top_k": 0,
+            "seed": 0,
+        }
         for name, low in counts.items():
             if getattr(self, name) < low:
                 raise InputError(f"{_flag(name)} must be at least {low}, found {getattr(self, name)}")

@@ -32,7 +32,8 @@ def rollout_parts(
     folder: Path,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Part]:
-    """A part for each segment, with a pair where best and worst of its G episodes lie `margin` or more apart.
+    """A part for each segment, with up to `segment_pairs` pairs of its G episodes: the best against the worst, the
+    second best against the second worst and so on, each where the two lie `margin` or more apart.
 
     An episode's seed comes from the segment's id, so that its pair does not depend on what else is played.
     `folder` is the manifest's.
@@ -67,14 +68,34 @@ def _part(
     if len(judged) < 2:
         counts["dropped: no reward axis scores its episodes"] += 1
         return Part((), counts)
-    best, worst = max(judged, key=totals.__getitem__), min(judged, key=totals.__getitem__)
-    if totals[best] - totals[worst] < max(options.margin, 1e-9):
-        counts[f"dropped: {segment.axis}, best and worst within the margin"] += 1
-        return Part((), counts)
-    won, lost = (_columns(episodes[i]) for i in (best, worst))
-    if torch.equal(won[0], lost[0]):
-        counts["dropped: best and worst have the same text stream"] += 1
-        return Part((), counts)
+    ranked = sorted(judged, key=totals.__getitem__)
+    pairs = []
+    for rank in range(min(options.segment_pairs, len(ranked) // 2)):
+        best, worst = ranked[-1 - rank], ranked[rank]
+        if totals[best] - totals[worst] < max(options.margin, 1e-9):
+            if rank == 0:
+                counts[f"dropped: {segment.axis}, best and worst within the margin"] += 1
+            break
+        if np.array_equal(episodes[best].text_tokens, episodes[worst].text_tokens):  # type: ignore[arg-type]
+            counts["dropped: best and worst have the same text stream"] += 1
+            continue
+        identifier = segment.id if rank == 0 else f"{segment.id}#{rank + 1}"
+        pairs.append(_pair(identifier, segment, (best, worst), episodes, scores, totals, seeds, folder))
+    return Part(tuple(pairs), counts)
+
+
+def _pair(
+    identifier: str,
+    segment: Segment,
+    chosen_rejected: tuple[int, int],
+    episodes: Sequence[Episode],
+    scores: Sequence[Mapping[str, Score | None]],
+    totals: Mapping[int, float],
+    seeds: Sequence[int],
+    folder: Path,
+) -> Pair:
+    best, worst = chosen_rejected
+    won, lost = _columns(episodes[best]), _columns(episodes[worst])
     shared = int((won != lost).any(dim=0).nonzero()[0])  # what both have in common is context
     episode = episodes[best]
     first = frame_at(episode.scored_from, won.shape[1] / episode.duration)
@@ -92,8 +113,8 @@ def _part(
         "chosen": _told(scores[best], episodes[best], seeds[best]),
         "rejected": _told(scores[worst], episodes[worst], seeds[worst]),
     }
-    pair = Pair(
-        id=segment.id,
+    return Pair(
+        id=identifier,
         kind=segment.axis,
         split="train",
         context=won[:, :shared],
@@ -103,7 +124,6 @@ def _part(
         rejected_span=span,
         provenance=provenance,
     )
-    return Part((pair,), counts)
 
 
 def dialogue_of(segment: Segment, folder: Path) -> str:

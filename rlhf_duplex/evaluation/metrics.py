@@ -5,7 +5,6 @@ speech is what the detector heard in the decoded audio.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from scipy.spatial.distance import jensenshannon
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from envs.utterances import utterances
@@ -174,10 +174,7 @@ def write_results(path: Path, values: SegmentValues, extra: Mapping[str, Any]) -
         "axes": {a: {m: e._asdict() for m, e in metrics.items()} for a, metrics in estimates.items()},
         "segments": values,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from envs.episode import Episode
+from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
-from rlhf_duplex.config import EvaluationConfig
-from rlhf_duplex.evaluation.metrics import segment_values, write_results
+from rlhf_duplex.config import Config, EvaluationConfig
+from rlhf_duplex.evaluation.metrics import read_results, segment_values, write_results
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
 
@@ -88,8 +90,35 @@ def record_suite(
     """
     folder = run_dir / "evaluation"
     extra = {**extra, "samples": evaluation.samples, **({"figures": dict(figures)} if figures else {})}
-    record = write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)
     save_examples(folder / name, episodes, scores, evaluation.episodes)
+    # Last: where this file is, the evaluation is whole.
+    return write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)
+
+
+def take_before(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The result `evaluation.before` and the episodes beside it, copied to the run folder in place of playing them.
+
+    Raises:
+        InputError: there is no such result, or it is of another checkpoint, lead-in or number of samples.
+    """
+    source = Path(config.evaluation.before or "")
+    record = read_results(source)
+    mine = {
+        "checkpoint": config.checkpoint,
+        "lead_in_seconds": config.context.lead_in,
+        "samples": config.evaluation.samples,
+        "update": 0,
+    }
+    for key, value in mine.items():
+        if record.get(key) != value:
+            raise InputError(f"evaluation.before: {source} was measured with {key} {record.get(key)}, not {value}")
+    folder = run_dir / "evaluation"
+    if source.with_suffix("").is_dir():
+        shutil.copytree(source.with_suffix(""), folder / "before", dirs_exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".before.{os.getpid()}"
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, folder / "before.json")  # last, and whole: it says that the evaluation is there
     return record
 
 
@@ -105,9 +134,7 @@ def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Sc
         place = folder / _safe_name(episode.segment.id)
         episode.save(place)
         record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
-        temporary = place / f".scores.{os.getpid()}"
-        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, place / "scores.json")
+        write_text(place / "scores.json", json.dumps(record, ensure_ascii=False))
 
 
 def _safe_name(identifier: str) -> str:

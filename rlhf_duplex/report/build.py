@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.metrics import change, direction, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
@@ -74,10 +74,8 @@ def build_report(run_dir: Path) -> Path:
         stages=STAGES,
     )
     path = run_dir / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
         raise InputError(f"report {path} cannot be written ({error})") from error
     return path

@@ -1,7 +1,6 @@
 """A page of preference pairs to look at and listen to: chosen beside rejected, audio decoded from their own tokens."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 
 from envs.episode import Episode
+from envs.files import write_text
 from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import SileroDetector, SpeechDetector
 from rlhf_duplex.data.pair import KINDS, Pair
@@ -55,9 +55,7 @@ def build_pairs_page(path: Path, pairs: Sequence[Pair], streams: Streams, per_ki
         kinds=kinds,
     )
     out = path.with_suffix(".html")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, out)
+    write_text(out, page)
     return out
 
 

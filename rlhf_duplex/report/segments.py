@@ -1,6 +1,5 @@
 """The page of `curate`: what was found, and a random handful of segments of each axis to look at and listen to."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import Segment
 from envs.speech import Interval
 from envs.utterances import clip_intervals
@@ -57,10 +57,8 @@ def build_segments_page(
         examples=[example for example in examples if "error" not in example],
         unread=[example for example in examples if "error" in example],
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
         raise InputError(f"page {path} cannot be written ({error})") from error
     return path

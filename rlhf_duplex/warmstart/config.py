@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.config import (
     CheckpointingConfig,
     DetectorConfig,
@@ -38,6 +39,8 @@ class LossConfig:
         simpo_gamma: target margin of SimPO, in units of the reward.
         streams: `text`, `semantic` (text and the agent's semantic codebook) or `audio` (text and all codebooks of the
             agent): what a reply's log-probability is the sum of.
+        objective: what of a text token is learned: `tokens` [tokens], `speaking` or `onsets`; `onset_frames`: see
+            `rlhf_duplex.algorithms.objectives.Objective`.
         count_pad: whether |y| counts frames in which the text stream is padding (PAD or EPAD). Their log-probabilities
             are in the sum either way: staying silent is an action. Not given in the paper; without them a silent
             reply has |y| = 1, which gives it a weight many times that of a spoken one.
@@ -50,6 +53,8 @@ class LossConfig:
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.5
     streams: str = "text"
+    objective: str = "tokens"
+    onset_frames: int = 8
     count_pad: bool = True
     span: str = "pair"
 
@@ -203,6 +208,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
     choices = {
         "loss.name": (loss.name, LOSSES),
         "loss.streams": (loss.streams, STREAMS),
+        "loss.objective": (loss.objective, OBJECTIVES),
         "loss.span": (loss.span, SPANS),
         "reference.mode": (config.reference.mode, ("cached", "lora_off")),
         "optimiser.schedule": (optimiser.schedule, ("cosine", "linear", "constant")),
@@ -214,6 +220,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
             raise InputError(f"{key} '{chosen}' is not known: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
     positive = {
         "loss.beta": loss.beta,
+        "loss.onset_frames": loss.onset_frames,
         "optimiser.clip_norm": optimiser.clip_norm,
         "training.epochs": training.epochs,
         "training.batch_size": training.batch_size,

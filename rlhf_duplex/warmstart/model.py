@@ -9,7 +9,9 @@ from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from envs.errors import InputError
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.policy.codec import agent_codebooks
+from rlhf_duplex.warmstart.config import LossConfig
 from rlhf_duplex.warmstart.data import StreamIds
 
 
@@ -21,19 +23,26 @@ def stream_ids(lm: LMModel, streams: str) -> StreamIds:
     )
 
 
+def make_objective(lm: LMModel, loss: LossConfig) -> Objective:
+    """The objective of a configuration, with this model's tokens."""
+    return Objective(loss.objective, lm.text_padding_token_id, lm.end_of_text_padding_id, loss.onset_frames)
+
+
 class PairModel(nn.Module):
     """Log-probabilities of a reply's tokens given everything before them: pi(T^y | x, A^y, A'^y), teacher-forced.
 
     Args:
         lm: is trained in place.
         streams: `text`, `semantic` or `audio`. With `text` the depth transformer is not run.
+        objective: what of a text token is learned; None: the token.
 
     Raises:
         InputError: the model has a delayed text stream.
     """
 
-    def __init__(self, lm: LMModel, streams: str = "text") -> None:
+    def __init__(self, lm: LMModel, streams: str = "text", objective: Objective | None = None) -> None:
         super().__init__()
+        self.objective = objective or Objective()
         if lm.delays[0] != 0:
             raise InputError(f"the text stream of this model is delayed by {lm.delays[0]} frames, 0 is needed")
         self.lm = lm
@@ -49,8 +58,8 @@ class PairModel(nn.Module):
         frames = codes.shape[-1]
         labels, masks = input_ids[:, 1:].split(frames, dim=1), loss_mask.split(frames, dim=1)
         parts = [
-            _token_statistics(logits, label, mask)
-            for logits, label, mask in zip(self._logits(codes), labels, masks, strict=True)
+            _token_statistics(logits, label, mask, self.objective if stream == 0 else Objective())
+            for stream, (logits, label, mask) in enumerate(zip(self._logits(codes), labels, masks, strict=True))
         ]
         log_probs, entropy, mean_logits, is_top1 = (torch.cat(field, dim=1) for field in zip(*parts, strict=True))
         return FusedCausalLMOutput(
@@ -91,7 +100,7 @@ class PairModel(nn.Module):
 
 
 def _token_statistics(
-    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability, entropy, mean logit and whether it is the likeliest, `(B, T)` each, of logits `(B, T, V)`.
 
@@ -100,7 +109,7 @@ def _token_statistics(
     """
     logits = torch.where(mask[..., None], logits.float(), torch.zeros((), device=logits.device))
     log_distribution = torch.log_softmax(logits, dim=-1)
-    log_probs = log_distribution.gather(-1, labels[..., None])[..., 0]
+    log_probs = objective.log_probs(log_distribution, labels)
     with torch.no_grad():
         entropy = -(log_distribution.exp() * log_distribution).sum(dim=-1)
         mean_logits, is_top1 = logits.mean(dim=-1), logits.argmax(dim=-1) == labels

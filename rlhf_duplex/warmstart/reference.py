@@ -13,7 +13,7 @@ from rlhf_duplex.data.pair import Pair
 from rlhf_duplex.policy.lora import merge_weights
 from rlhf_duplex.warmstart.config import WarmstartConfig
 from rlhf_duplex.warmstart.data import PairCollator
-from rlhf_duplex.warmstart.model import PairModel, stream_ids
+from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 
 def reference_key(weights: Mapping[str, torch.Tensor], pairs: Sequence[Pair], config: WarmstartConfig) -> str:
@@ -25,7 +25,9 @@ def reference_key(weights: Mapping[str, torch.Tensor], pairs: Sequence[Pair], co
         config: of the warm start.
     """
     digest = hashlib.sha256()
-    digest.update(repr((config.loss.streams, config.loss.span, config.dtype, config.training.autocast)).encode())
+    loss = config.loss
+    decides = (loss.streams, loss.objective, loss.onset_frames, loss.span, config.dtype, config.training.autocast)
+    digest.update(repr(decides).encode())
     for name, value in sorted(merge_weights(weights, 0.0).items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(_bytes(value))
@@ -73,7 +75,7 @@ def score_pairs(
         config: streams, span, batch size and number types.
         on_pairs: called with the number of pairs after each batch.
     """
-    model = PairModel(lm, config.loss.streams)
+    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss))
     was_training = lm.training
     model.eval()
     collate = PairCollator(stream_ids(lm, config.loss.streams), config.loss.span)

@@ -30,7 +30,7 @@ from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, lora_off, merge_weights, part_of
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
-from rlhf_duplex.warmstart.model import PairModel, stream_ids
+from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 _OPTIMISER_NAME, _SCHEDULER_NAME = "optimiser.safetensors", "scheduler.json"
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -97,7 +97,7 @@ class PreferenceTrainer(DPOTrainer):
         args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
         Trainer.__init__(
             self,
-            model=PairModel(bundle.lm, config.loss.streams),
+            model=PairModel(bundle.lm, config.loss.streams, make_objective(bundle.lm, config.loss)),
             args=args,
             data_collator=PairCollator(ids, config.loss.span, config.loss.count_pad),
             train_dataset=train,

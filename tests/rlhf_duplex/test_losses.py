@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from rlhf_duplex.algorithms.objectives import Objective, onset_mask, speaking_log_probs
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean, speaking_log_probs
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, grpo_loss, masked_mean
 
 
 def test_loss_by_hand():
@@ -110,3 +111,25 @@ def test_kl_is_the_sum_of_timing_and_words():
     timing = exact_kl(speaking_log_probs(policy.log(), 0), speaking_log_probs(reference.log(), 0))
     words = 0.5 * (0.8 * math.log(0.8 / 0.25) + 0.2 * math.log(0.2 / 0.75))
     assert (exact_kl(policy.log(), reference.log()) - timing).item() == pytest.approx(words, abs=1e-6)
+
+
+def test_onsets_are_where_nothing_was_said_just_before():
+    spoken = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0]]).bool()
+    # Two silent frames are asked for: the first word's own frame is an onset, the second's after three silent ones too.
+    assert onset_mask(spoken, 2).int().tolist() == [[1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1]]
+    assert onset_mask(spoken, 20).int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]
+
+
+def test_objectives_by_hand():
+    # Vocabulary: 0 announces, 1 and 2 are words, 3 is silent. Frames: silent, a word, silent, another word.
+    distribution = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(4, 4)[None]
+    text = torch.tensor([[3, 1, 3, 2]])
+    tokens = Objective("tokens").log_probs(distribution, text).exp()
+    assert torch.allclose(tokens, torch.tensor([[0.4, 0.2, 0.4, 0.3]]))
+    speaking = Objective("speaking").log_probs(distribution, text).exp()
+    assert torch.allclose(speaking, torch.tensor([[0.4, 0.6, 0.4, 0.6]]))
+    # Two frames of silence before: the first word is an onset, the second is not.
+    onsets = Objective("onsets", onset_frames=2).log_probs(distribution, text).exp()
+    assert torch.allclose(onsets, torch.tensor([[0.4, 0.2, 0.4, 0.6]]))
+    with pytest.raises(ValueError, match="objective"):
+        Objective("words")

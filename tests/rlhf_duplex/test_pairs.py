@@ -415,7 +415,7 @@ def rolled(one_a_axis, tmp_path_factory):
     out = tmp_path_factory.mktemp("rolled") / "pairs.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out.parent / "cache"))
-        more = ("--text-temperature", "1", "--group-size", "5", "--margin", "0.3")
+        more = ("--text-temperature", "1", "--group-size", "5", "--segment-pairs", "2", "--margin", "0.3")
         assert pairs_command(one_a_axis, out, *more, source="rollouts") == 0
     return out
 
@@ -427,12 +427,15 @@ def test_rollouts_give_pairs_of_every_axis(rolled, one_a_axis, nano, streams, si
     rewards = RewardFunction({axis: RewardSpec() for axis in axes})
     pairs = read_pairs(rolled, stream_format(nano))
     assert {pair.kind for pair in pairs} == set(axes)
+    assert len({pair.id for pair in pairs}) == len(pairs) > 4
     agreed = 0
     for pair in pairs:
         facts = pair.provenance
         segment = segments[facts["segment"]]
         told = [facts[side]["scores"][pair.kind]["value"] for side in ("chosen", "rejected")]
-        assert told == [max(facts["rewards"]), min(facts["rewards"])]
+        rank = int(pair.id.endswith("#2"))  # the second best against the second worst
+        ranked = sorted(facts["rewards"])
+        assert told == [ranked[-1 - rank], ranked[rank]]
         assert told[0] - told[1] >= 0.3
         assert pair.chosen.shape == pair.rejected.shape
         assert pair.chosen_span == pair.rejected_span
