@@ -1,0 +1,66 @@
+"""What was done at a frame, as a loss sees it: the text token, or only what of it is timing.
+
+Shapes: `B` episodes, `T` frames, `V` text vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+OBJECTIVES = ("tokens", "speaking", "onsets")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which log-probability a frame contributes.
+
+    Attributes:
+        name: `tokens`, the text token that was drawn; `speaking`, whether it was the padding token or any other
+            (ASPIRin, arXiv 2604.10065): timing is learned, which words are said is not; or `onsets`, the token where
+            the agent has been silent for `onset_frames` and may begin, `speaking` elsewhere: also with which word to
+            begin is learned (an "mm-hm" or a sentence), how a sentence goes on is not.
+        silent: the padding token; announcing: the token that announces a word (PAD and EPAD, 3 and 0 in Moshi).
+        onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
+    """
+
+    name: str = "tokens"
+    silent: int = 3
+    announcing: int = 0
+    onset_frames: int = 8
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"objective '{self.name}' is not known: choose one of {', '.join(OBJECTIVES)}")
+
+    def log_probs(self, distribution: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` from log-probabilities `(B, T, V)` and text tokens `(B, T)` (-1 counts as token 0: mask it)."""
+        tokens = distribution.gather(-1, text.clamp(min=0)[..., None])[..., 0]
+        if self.name == "tokens":
+            return tokens
+        spoke = (text != self.silent).long()
+        speaking = speaking_log_probs(distribution, self.silent).gather(-1, spoke[..., None])[..., 0]
+        return speaking if self.name == "speaking" else torch.where(self.onsets(text), tokens, speaking)
+
+    def onsets(self, text: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` bool of text tokens `(B, T)`: the agent was silent for `onset_frames` and may begin."""
+        return onset_mask((text >= 0) & (text != self.silent) & (text != self.announcing), self.onset_frames)
+
+
+def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
+    """The policy projected on {silent, speak}: `(..., V)` log-probabilities to `(..., 2)`.
+
+    The mass of the padding token against that of all others, probabilities summed and not logits (arXiv 2604.10065).
+    Every token but `silent` speaks, the one that announces a word too.
+    """
+    others = torch.cat([log_policy[..., :silent], log_policy[..., silent + 1 :]], dim=-1)
+    return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
+
+
+def onset_mask(spoken: torch.Tensor, frames: int) -> torch.Tensor:
+    """Where an agent that is silent may begin: `(B, T)` bool, True where none of the `frames` frames before has a word.
+
+    Args:
+        spoken: `(B, T)` bool, a word's token was drawn at this frame.
+    """
+    before = torch.nn.functional.pad(spoken.float(), (frames, 0))[:, None, :-1]
+    return torch.nn.functional.max_pool1d(before, frames, stride=1)[:, 0] == 0
