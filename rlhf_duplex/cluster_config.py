@@ -48,6 +48,25 @@ class ClusterConfig:
     dashboard: bool = False
 
 
+@dataclass
+class DryRunConfig:
+    """What `--dry-run` reckons with. The machine's figures: see `rlhf_duplex.step_model.Machine`.
+
+    Attributes:
+        seconds: of an episode, lead-in and context included, where the segments are not there to be asked.
+        gpu_gib: memory of a GPU.
+        bandwidth, flops, near, far, node: of the machine.
+    """
+
+    seconds: float = 30.0
+    gpu_gib: float = 80.0
+    bandwidth: float = 3.35e12
+    flops: float = 989e12
+    near: float = 300e9
+    far: float = 40e9
+    node: int = 8
+
+
 def check_cluster(cluster: ClusterConfig, ahead: bool) -> None:
     """Hold the cluster's options against one another; `ahead`: whether rollouts run beside the update.
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
 from rlhf_duplex.algorithms.objectives import OBJECTIVES
-from rlhf_duplex.cluster_config import ClusterConfig, check_cluster
+from rlhf_duplex.cluster_config import ClusterConfig, DryRunConfig, check_cluster
 
 
 @dataclass
@@ -222,6 +222,7 @@ class Config:
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         rewards: by axis, `weight`, `target` and the axis' own options.
+        dry_run: what `train --dry-run` reckons with.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
             is the user's cache folder, `none` keeps none.
@@ -247,6 +248,7 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     trackers: list[str] = field(default_factory=list)
     codes_cache: str = "auto"
 

@@ -4,6 +4,7 @@ Every member has the whole batch (tokens are small) and the same order of miniba
 share of the microbatches, and the sum over the members is that of one process up to rounding.
 """
 
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import MethodType
@@ -152,12 +153,28 @@ def shard(lm: LMModel, device: torch.device, world: int, half: bool) -> None:
     depth = [] if lm.depformer is None else list(lm.depformer.layers)
     units = [*lm.transformer.layers, *depth, lm]
     for unit in units:
+        _allow_fsdp(type(unit))
         unit.gathered = MethodType(_call, unit)
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         register_fsdp_forward_method(unit, "gathered")
         # Microbatches are weighted with their share of the minibatch: sums, not means.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _allow_fsdp(cls: type) -> None:
+    """Let `fully_shard` take modules of a class of Moshi's.
+
+    It gives a module the class `(FSDPModule, cls)`. Moshi's classes begin with `abc.ABC`, whose instances Python lays
+    out differently ("object layout differs"); with the bases the other way round they are alike. `fully_shard` looks
+    in this table before it makes a class.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fully_shard
+
+    table = _fully_shard.cls_to_fsdp_cls
+    if cls not in table and not issubclass(cls, FSDPModule):
+        table[cls] = ABCMeta(f"FSDP{cls.__name__}", (cls, FSDPModule), {})
 
 
 def _call(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
