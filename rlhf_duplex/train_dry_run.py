@@ -83,8 +83,9 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
         of_learner["value head"] = 4 * sum(p.nbytes for p in learner.critic.parameters.values())
     if cut and plan.learners > 1:
         of_learner["gathered weights"] = gathered_bytes(lm, 2 if half else lm.text_linear.weight.element_size())
-    computed = config if not half else None
-    of_learner["activations"] = _activations(config, arguments, frames, computed)
+    of_learner["activations"] = _activations(
+        config, arguments, frames, torch.bfloat16 if half else _TYPES[config.dtype]
+    )
     own_copy = not plan.colocated or cut
     acting = _TYPES[cluster.rollout_dtype or config.dtype]
     of_worker = {"policy that acts": sum(p.numel() for p in lm.parameters()) * acting.itemsize if own_copy else 0}
@@ -144,11 +145,12 @@ def _reference_bytes(learner: Learner, learners: int, cut: bool) -> int:
     return own // (learners if cut else 1)
 
 
-def _activations(config: Config, arguments: Any, frames: int, computed: Config | None) -> int:
+def _activations(config: Config, arguments: Any, frames: int, computed: torch.dtype) -> int:
     """What the backward pass of a microbatch keeps, and the gradient of its logits."""
-    lm = meta_model(arguments, _TYPES[computed.dtype] if computed is not None else torch.bfloat16)
+    lm = meta_model(arguments, computed)
     learner = _meta_learner(config, lm)
     rows = config.trainer.microbatch
+    # In the type that products are computed in; with activation checkpointing a layer at a time, and every layer's input.
     with torch.device("meta"):
         batch = Batch(
             torch.zeros(rows, 1 + lm.n_q, frames, dtype=torch.long),
@@ -159,6 +161,12 @@ def _activations(config: Config, arguments: Any, frames: int, computed: Config |
             torch.zeros(rows, frames),
         )
         kept = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
+        if lm.transformer.checkpointing:
+            lm.transformer.checkpointing = False
+            whole = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
+            layers = len(lm.transformer.layers)
+            inputs = layers * rows * frames * lm.dim * lm.text_linear.weight.element_size()
+            kept += inputs + (whole - kept) // layers
     return kept + 4 * rows * frames * lm.text_card
 
 

@@ -55,6 +55,7 @@ def connect(config: Config, processes: int) -> bool:
     cluster = config.cluster
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would have its processes give way to everybody's
     started = False
     if not ray.is_initialized():
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}

@@ -28,6 +28,8 @@ NODE = {"num_cpus": 3, "object_store_memory": 100 * 2**20}
 def nodes():
     """A Ray of three nodes, each a process with processes of its own."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(**NODE)
