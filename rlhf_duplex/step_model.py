@@ -1,8 +1,8 @@
 """How long an update takes: a model of the step from a few constants of the machine, pure functions.
 
 A frame of a rollout reads every weight that acts once, whatever the batch, and each episode's keys and values so far;
-it takes at least the launches of its kernels. An update multiplies every token with every weight: forward (2 operations a
-weight and token), backward (twice that), the reference's forward, and another forward where activations are computed
+it takes at least the launches of its kernels. An update multiplies every token with every weight: forward (2 operations
+a weight and token), backward (twice that), the reference's forward, and another forward where activations are computed
 again. With full sharding the weights of every pass come over the network while the layer before computes. Weights go to
 the workers as fast as the slowest link.
 

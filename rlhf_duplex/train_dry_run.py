@@ -150,7 +150,7 @@ def _activations(config: Config, arguments: Any, frames: int, computed: torch.dt
     lm = meta_model(arguments, computed)
     learner = _meta_learner(config, lm)
     rows = config.trainer.microbatch
-    # In the type that products are computed in; with activation checkpointing a layer at a time, and every layer's input.
+    # With activation checkpointing it is one layer at a time, and every layer's input.
     with torch.device("meta"):
         batch = Batch(
             torch.zeros(rows, 1 + lm.n_q, frames, dtype=torch.long),
