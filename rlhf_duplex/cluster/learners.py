@@ -1,5 +1,6 @@
 """The learner group on Ray: its processes in one placement group, and calls that all of them take part in."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from rlhf_duplex.cluster.processes import (
     GoneError,
     Process,
     gpus_of,
-    kill,
     result_of,
     start_member,
     wait_all,
@@ -60,7 +60,21 @@ class LearnerGroup:
 
     def _all(self, method: str, seconds: float, doing: str, *inputs: Any) -> list[Any]:
         refs = [getattr(process.handle, method).remote(*inputs) for process in self.processes]
-        return wait_all(self.processes, refs, seconds, doing)
+        try:
+            return wait_all(self.processes, refs, seconds, doing)
+        except ClusterError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: ClusterError) -> Exception:
+        """A learner that loses another in the middle of an exchange fails as well: then it is the other that counts."""
+        refs = {process.handle.place.remote(): process for process in self.processes}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=10.0)  # those that wait for the dead one do not
+        for ref in ready:
+            try:
+                result_of(refs[ref], ref)
+            except GoneError as gone:
+                return gone
+        return error
 
     def call(self, method: str, doing: str, *inputs: Any) -> Any:
         """What the first learner's method gives, with all of them taking part.
@@ -83,18 +97,21 @@ class LearnerGroup:
         try:
             if meanwhile is None:
                 return wait_all(list(refs.values()), list(refs), self.config.cluster.timeout, "learning")[0]
-            found, waited = [], 0.0
+            found, deadline = [], time.monotonic() + self.config.cluster.timeout
             while refs:
                 ready, _ = ray.wait(list(refs), timeout=0.05)
                 found += [result_of(refs.pop(ref), ref) for ref in ready]
                 meanwhile.pump(0.0)
-                waited += 0.05
-                if waited > self.config.cluster.timeout:
-                    late = next(iter(refs.values()))
-                    raise GoneError(f"{late} did not finish update {update} within {waited:g} s")
+                if refs and time.monotonic() > deadline:
+                    raise GoneError(f"{next(iter(refs.values()))} did not finish update {update} in time")
             return found[0]
         except GoneError as error:
             raise LearnersLostError(str(error)) from error
+        except ClusterError as error:
+            explained = self._explained(error)
+            if isinstance(explained, GoneError):
+                raise LearnersLostError(str(explained)) from error
+            raise
 
     def weights(self) -> Any:
         """Reference to what the first learner has of the trained weights; they do not pass through this process.
@@ -121,5 +138,5 @@ class LearnerGroup:
     def close(self) -> None:
         """End all learners."""
         for process in self.processes:
-            kill(process)
+            ray.kill(process.handle)
         remove_placement_group(self._placement)

@@ -100,7 +100,12 @@ class Member:
     def weights(self) -> dict[str, torch.Tensor]:
         """What training changes, on the CPU; of a group all must be asked, and the first has it."""
         assert self.learner is not None
-        return {name: value.cpu() for name, value in self.learner.learner.trained_weights().items()}
+        return {name: self._acting(value).cpu() for name, value in self.learner.learner.trained_weights().items()}
+
+    def _acting(self, value: torch.Tensor) -> torch.Tensor:
+        """A weight in the number type of the policy that acts."""
+        name = self.config.cluster.rollout_dtype
+        return value.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[name]) if name else value
 
     def load_weights(self, version: int, weights: dict[str, torch.Tensor]) -> int:
         """See `RolloutRole.load_weights`; gives the bytes that came."""
@@ -131,8 +136,9 @@ class Member:
         for name, value in learner.parameters.items():
             whole = learner.parallel.whole({name: value.detach()})
             if self._broadcast is not None:
-                self._broadcast.send(whole[name])
-                count += whole[name].nbytes
+                sent = self._acting(whole[name])
+                self._broadcast.send(sent)
+                count += sent.nbytes
         return count
 
     def receive_weights(self, version: int, names: Sequence[str]) -> None:

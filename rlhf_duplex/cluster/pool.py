@@ -60,8 +60,9 @@ class RolloutPool:
         self._places: dict[tuple[int, ...], int] = {}
         self._on_unit: Callable[[Unit | None], None] | None = None
         self._weights: tuple[int, Any] | None = None
-        self.sync_bytes = 0
-        self.clear_figures()
+        self._begun = time.monotonic()
+        self._figures: dict[str, float] = {}
+        self._clear()
         self._workers = [self._start(index) for index in range(config.cluster.workers)]
 
     def _start(self, index: int) -> _Worker:
@@ -111,7 +112,7 @@ class RolloutPool:
             return  # then they are all new
         for index, worker in enumerate(self._workers):
             if worker.units or worker.doing in ("playing", "scoring"):
-                kill(worker.process)
+                ray.kill(worker.process.handle)
                 self._workers[index] = self._start(index)
 
     @property
@@ -130,7 +131,7 @@ class RolloutPool:
             self.pump(1.0)
             if on_unit is not None:
                 on_unit(None)
-        self._busy_until = time.monotonic()
+        self._note_figures(time.monotonic() - self._begun)
         return [self._results[index] for index in range(len(self._units))]
 
     def pump(self, seconds: float) -> None:
@@ -162,7 +163,7 @@ class RolloutPool:
                 self._weights = (version, weights)
             self._call(worker, "taking weights", handle.load_weights.remote(version, weights))
         elif self._queue:
-            self.queued.append(len(self._queue))
+            self._queued.append(len(self._queue))
             worker.unit = self._queue.popleft()
             self._call(worker, "playing", handle.play.remote(self._units[worker.unit]))
         elif worker.units:
@@ -184,17 +185,17 @@ class RolloutPool:
         elif doing == "taking weights":
             assert self._weights is not None
             worker.version = self._weights[0]
-            self.seconds["sync"] += took
-            self.sync_bytes += result
+            self._seconds["sync"] += took
+            self._sync_bytes += result
         elif doing == "playing":
             assert worker.unit is not None
             worker.units.append(worker.unit)
             if self._on_unit is not None:
                 self._on_unit(self._units[worker.unit])
             worker.unit = None
-            self.seconds["busy"] += took
+            self._seconds["busy"] += took
         elif doing == "scoring":
-            self.seconds["busy"] += took
+            self._seconds["busy"] += took
             for played in result:
                 unit = self._places[played.places]
                 if unit in self._results:
@@ -221,37 +222,36 @@ class RolloutPool:
             raise LearnersLostError(why)
         lost = [*worker.units, *([worker.unit] if worker.unit is not None else [])]
         self._failed(f"{why}; restarted, {len(lost)} units are rolled out again")
-        self.replayed += sum(len(self._units[unit].places) for unit in lost)
+        self._replayed += sum(len(self._units[unit].places) for unit in lost)
         self._queue.extendleft(reversed(lost))
         self._workers[index] = self._start(index)
 
-    def figures(self) -> dict[str, float]:
-        """Figures since the last call."""
+    def _note_figures(self, wall: float) -> None:
         count = max(1, len(self._workers))
-        wall = max(1e-9, self._busy_until - self._begun)
         parts: dict[str, float] = {}
         for played in self._results.values():
             for name, value in played.seconds.items():
                 parts[f"time/worker_{name}"] = parts.get(f"time/worker_{name}", 0.0) + value / count
-        found = {
+        self._figures = {
             **parts,
-            "time/sync": self.seconds["sync"] / count,
-            "cluster/sync_megabytes": self.sync_bytes / 2**20,
-            "time/utilisation_rollout": min(1.0, self.seconds["busy"] / count / wall),
-            "cluster/queue_mean": sum(self.queued) / max(1, len(self.queued)),
-            "cluster/queue_max": float(max(self.queued, default=0)),
+            "time/sync": self._seconds["sync"] / count,
+            "time/utilisation_rollout": min(1.0, self._seconds["busy"] / count / max(1e-9, wall)),
+            "cluster/sync_megabytes": self._sync_bytes / 2**20,
+            "cluster/queue_mean": sum(self._queued) / max(1, len(self._queued)),
+            "cluster/queue_max": float(max(self._queued, default=0)),
             "cluster/workers": float(len(self.processes)),
-            "cluster/episodes_replayed": float(self.replayed),
+            "cluster/episodes_replayed": float(self._replayed),
         }
-        self.clear_figures()
-        return found
+        self._clear()
 
-    def clear_figures(self) -> None:
-        """Begin to count anew."""
-        self.seconds = {"busy": 0.0, "sync": 0.0}
-        self.queued: list[int] = []
-        self.replayed, self.sync_bytes = 0, 0
-        self._begun = self._busy_until = time.monotonic()
+    def _clear(self) -> None:
+        self._seconds = {"busy": 0.0, "sync": 0.0}
+        self._queued: list[int] = []
+        self._replayed = self._sync_bytes = 0
+
+    def figures(self) -> dict[str, float]:
+        """Of the units that were last waited for: seconds by stage (a worker's mean), queue, use of the workers."""
+        return dict(self._figures)
 
     def close(self) -> None:
         """End all workers."""

@@ -172,8 +172,8 @@ class RayCluster:
 
     def figures(self) -> dict[str, float]:
         found = self.pool.figures()
-        found["time/sync"] += self._sync_seconds
-        found["cluster/sync_megabytes"] += self._sync_bytes / 2**20
+        found["time/sync"] = found.get("time/sync", 0.0) + self._sync_seconds
+        found["cluster/sync_megabytes"] = found.get("cluster/sync_megabytes", 0.0) + self._sync_bytes / 2**20
         self._sync_seconds, self._sync_bytes = 0.0, 0
         return {**found, "cluster/failures": float(self.failures)}
 
