@@ -1,4 +1,4 @@
-"""One learner of a group of two, as a process of its own: `python parallel_member.py RANK ADDRESS FOLDER`."""
+"""One learner of a group of two, as a process of its own: `python parallel_member.py RANK FOLDER ADDRESS ADDRESS`."""
 
 import json
 import sys
@@ -52,11 +52,11 @@ def run(case, batch: Batch, parallel: Alone | None) -> tuple[list[dict[str, floa
 
 
 def main() -> None:
-    rank, address, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    rank, folder, addresses = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     tensors = load_file(folder / "batch.safetensors")
     batch = Batch(**{name: value.bool() if name == "mask" else value for name, value in tensors.items()})
-    for kind in (DataParallel, Sharded):
+    for kind, address in zip((DataParallel, Sharded), addresses, strict=True):
         parallel = kind(rank, 2, address, torch.device("cpu"), 300.0)
         for number, case in enumerate(CASES):
             metrics, weights = run(case, batch, parallel)

@@ -41,14 +41,16 @@ def pair(batch, tmp_path_factory):
         {name: value.contiguous() for name, value in vars(batch).items() if value is not None},
         folder / "batch.safetensors",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with socket.socket() as one, socket.socket() as other:
+        addresses = []
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+            addresses.append(f"127.0.0.1:{probe.getsockname()[1]}")
     command = [sys.executable, str(Path(__file__).with_name("parallel_member.py"))]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     members = [
         subprocess.Popen(
-            [*command, str(rank), address, str(folder)],
+            [*command, str(rank), str(folder), *addresses],
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
