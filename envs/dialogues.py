@@ -4,6 +4,7 @@ Shapes: `B` dialogues, `T` frames (of the longest), `N` samples.
 """
 
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,7 @@ def finish_dialogues(
     frames: Sequence[int],
     codec: Codec,
     detector: SpeechDetector,
+    timing: dict[str, float] | None = None,
 ) -> list[Episode]:
     """Episodes from what the agent did: its audio decoded and its speech detected, all dialogues at once.
 
@@ -147,12 +149,19 @@ def finish_dialogues(
         actions: `(B, T, 1 + agent_codebooks)` text tokens and audio codes as they were heard.
         frames: how many frames of each dialogue were played.
         codec, detector: of the environment.
+        timing: where the seconds that `decode` and `detect` took are added.
     """
+    started = time.perf_counter()
     text, codes = actions[..., 0], actions[..., 1:].transpose(1, 2)
     silent = (codes >= codec.audio_cardinality).any(dim=1)  # (B, T): no audio yet
     audio = _decode(codes, silent, frames, codec)
     clips = [row[: count * codec.frame_samples] for row, count in zip(audio, frames, strict=True)]
+    decoded = time.perf_counter()
     speech = detector.detect(clips, codec.sample_rate)
+    if timing is not None:
+        detected = time.perf_counter()
+        timing["decode"] = timing.get("decode", 0.0) + decoded - started
+        timing["detect"] = timing.get("detect", 0.0) + detected - decoded
     tokens = text.cpu().tolist()
     episodes = []
     for user, clip, intervals, row, count in zip(users, clips, speech, tokens, frames, strict=True):

@@ -68,6 +68,7 @@ class DuplexLiveVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = frame_spaces(codec)
         self._set_size(num_envs)
         self._frame = self._length
+        self.seconds: dict[str, float] = {}  # of `decode` and `detect`, summed; whoever reads them clears them
 
     def _set_size(self, num_envs: int) -> None:
         self.num_envs = num_envs
@@ -139,7 +140,8 @@ class DuplexLiveVectorEnv(VectorEnv):
             for (_, segment), clip, row, intervals in zip(sides, audio, codes, speech, strict=True)
         ]
         actions = torch.stack(self._actions, dim=1)
-        return finish_dialogues(users, actions, [self._length] * self.num_envs, self.codec, self.detector)
+        frames = [self._length] * self.num_envs
+        return finish_dialogues(users, actions, frames, self.codec, self.detector, self.seconds)
 
 
 class DuplexLiveEnv(gymnasium.Env):

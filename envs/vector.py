@@ -82,6 +82,7 @@ class DuplexDialogueVectorEnv(VectorEnv):
         self.context = context or ContextSchedule(probability=0.0)
         self.max_frames = max_frames
         self.user_sides = user_sides or UserSides(codec, detector, lead_in)
+        self.seconds: dict[str, float] = {}  # of `decode` and `detect`, summed; whoever reads them clears them
         self.single_observation_space, self.single_action_space = frame_spaces(codec)
         self._set_size(num_envs)
 
@@ -178,7 +179,7 @@ class DuplexDialogueVectorEnv(VectorEnv):
         frames = self._frames[rows].tolist()
         actions = self._actions[: max(frames), rows].transpose(0, 1)
         users = [self._users[row] for row in rows]
-        finish = partial(finish_dialogues, users, actions, frames, self.codec, self.detector)
+        finish = partial(finish_dialogues, users, actions, frames, self.codec, self.detector, self.seconds)
         if actions.device.type == "cuda":
             finish = partial(_beside, finish, actions, torch.cuda.current_stream(actions.device).record_event())
         self._finished.append((rows, self._finisher.submit(finish)))

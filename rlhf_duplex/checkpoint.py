@@ -1,13 +1,15 @@
 """Checkpoints of a run: a bundle that can be served, and beside it what training needs to go on exactly.
 
 `checkpoints/step_000010/` holds the bundle (adapters merged, and beside it themselves, in `lora.safetensors`),
-`optimiser.safetensors` and `trainer.json`. Everything random in a run is drawn from (seed, counters), so that the
-number of the update is the whole state of the random numbers.
+`optimiser.safetensors`, with PPO the value head and its optimiser in `value.safetensors`, and `trainer.json`.
+Everything random in a run is drawn from (seed, counters), so that the number of the update is the whole state of the
+random numbers. `checkpoints/best` points to the best, and `best.json` says why.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,26 +18,32 @@ from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
 from rlhf_duplex.learner import Learner
-from rlhf_duplex.policy.bundle import Bundle, load_bundle
+from rlhf_duplex.policy.bundle import Bundle, check_bundle, local_info
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, merged_weights
 
 _PATTERN = "step_*"
+VALUE_NAME = "value.safetensors"
 
 
-def save_checkpoint(run_dir: Path, update: int, bundle: Bundle, learner: Learner, keep: int) -> Path:
-    """Write `checkpoints/step_NNNNNN`, whole or not at all, and remove the oldest beyond `keep`."""
+def save_checkpoint(run_dir: Path, update: int, bundle: Bundle, learner: Learner) -> Path:
+    """Write `checkpoints/step_NNNNNN`, whole or not at all.
+
+    All members of a learner group call it; the first one writes.
+    """
     folder = run_dir / "checkpoints" / f"step_{update:06d}"
+    weights, state = learner.weights(), learner.state()
+    if learner.parallel.rank:
+        return folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    bundle.save(temporary, weights=merged_weights(bundle.lm))
+    bundle.save(temporary, weights=merged_weights(bundle.lm, weights))
     if learner.adapters:
-        save_file(adapter_weights(bundle.lm.state_dict()), str(temporary / LORA_NAME))
-    save_file(learner.state(), str(temporary / "optimiser.safetensors"))
+        save_file(adapter_weights(weights), str(temporary / LORA_NAME))
+    save_file(state, str(temporary / "optimiser.safetensors"))
+    if learner.critic is not None:
+        save_file(learner.critic.state(), str(temporary / VALUE_NAME))
     (temporary / "trainer.json").write_text(json.dumps({"update": update}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    stale = (run_dir / "checkpoints").glob(".*")  # what a kill left half-written
-    for old in [*sorted((run_dir / "checkpoints").glob(_PATTERN))[:-keep], *stale]:
-        shutil.rmtree(old)
     return folder
 
 
@@ -43,6 +51,44 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     found = sorted((run_dir / "checkpoints").glob(_PATTERN))
     return found[-1] if found else None
+
+
+def mark_best(run_dir: Path, folder: Path, metric: str, value: float) -> bool:
+    """Let `checkpoints/best` point to a checkpoint if its `value` is the highest so far; gives whether it is."""
+    record = run_dir / "checkpoints" / "best.json"
+    best = best_checkpoint(run_dir)
+    if best is not None:
+        known = json.loads(record.read_text())
+        if known["metric"] == metric and known["value"] >= value and best != folder:
+            return False
+    _replace(record, lambda path: path.write_text(json.dumps({"step": folder.name, "metric": metric, "value": value})))
+    _replace(run_dir / "checkpoints" / "best", lambda path: path.symlink_to(folder.name))
+    return True
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The best checkpoint so far, or None."""
+    record = run_dir / "checkpoints" / "best.json"
+    try:
+        folder = record.with_name(json.loads(record.read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return folder if folder.is_dir() else None
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and the best, and what a kill left half-written."""
+    folder, best = run_dir / "checkpoints", best_checkpoint(run_dir)
+    for old in [*sorted(folder.glob(_PATTERN))[:-keep], *folder.glob(".step_*")]:
+        if old != best:
+            shutil.rmtree(old)
 
 
 def restore(folder: Path, bundle: Bundle, learner: Learner) -> int:
@@ -53,17 +99,23 @@ def restore(folder: Path, bundle: Bundle, learner: Learner) -> int:
     Raises:
         InputError: the checkpoint is damaged or of another model.
     """
-    saved = load_bundle(str(folder), str(bundle.lm.device), bundle.lm.dtype).lm.state_dict()
+    check_bundle(local_info(folder))
     try:
+        saved = load_file(str(folder / "model.safetensors"))
         if learner.adapters:
-            bundle.lm.load_state_dict(load_file(str(folder / LORA_NAME)), strict=False)
-            merged = merged_weights(bundle.lm)
-            changed = [name for name in saved if not torch.allclose(merged[name], saved[name], atol=1e-5)]
+            learner.load_weights(load_file(str(folder / LORA_NAME)))
+            whole = learner.weights()
+            merged = merged_weights(bundle.lm, whole) if whole else {}  # the first member of a group has them all
+            changed = [
+                name for name, value in merged.items() if not torch.allclose(value.cpu(), saved[name], atol=1e-5)
+            ]
             if changed:
                 raise ValueError(f"'{changed[0]}' differs: the run began from another model")
         else:
-            bundle.lm.load_state_dict(saved)
+            learner.load_weights(saved)
         learner.load_state(load_file(str(folder / "optimiser.safetensors")))
+        if learner.critic is not None:
+            learner.critic.load_state(load_file(str(folder / VALUE_NAME)))
         return int(json.loads((folder / "trainer.json").read_text())["update"])
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InputError(f"checkpoint {folder} cannot be resumed from ({' '.join(str(error).split())})") from error

@@ -13,7 +13,9 @@ TRAIN_HELP = """examples:
   rlhf-duplex train configs/quickstart.yaml
   rlhf-duplex train configs/quickstart.yaml trainer.updates=5 run_dir=runs/short
   rlhf-duplex train checkpoint=nano segments=my/segments.jsonl
-  rlhf-duplex train configs/quickstart.yaml resume=true"""
+  rlhf-duplex train configs/quickstart.yaml resume=true
+  rlhf-duplex train configs/quickstart.yaml cluster.workers=2
+  rlhf-duplex train configs/moshi_7b_paper.yaml --dry-run"""
 WARMSTART_HELP = """examples:
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml loss.name=sigmoid run_dir=runs/dpo
@@ -69,8 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
-        if name == "warmstart":
-            command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
+        command.add_argument("--dry-run", action="store_true", help="check shapes, memory and steps; no weights")
     evaluate.add_command(commands)
     pipeline = commands.add_parser(
         "pipeline",
@@ -196,6 +197,11 @@ def _run(options: argparse.Namespace) -> int:
     from rlhf_duplex.config import load_config
 
     config = load_config(path, overrides)
+    if options.command == "train" and options.dry_run:
+        from rlhf_duplex.train_dry_run import dry_run_training
+
+        dry_run_training(config)
+        return 0
     from rlhf_duplex import trainer
 
     trainer.train(config)

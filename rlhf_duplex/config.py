@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from envs.errors import InputError
 from rlhf_duplex.algorithms.objectives import OBJECTIVES
+from rlhf_duplex.cluster_config import ClusterConfig, DryRunConfig, check_cluster
 
 
 @dataclass
@@ -24,7 +25,8 @@ class TrainerConfig:
     Attributes:
         algorithm: `grpo`, or of its family `rloo` (the mean of the other members of the group is the baseline, no
             division by the spread), `dr_grpo` (no division by spread or by an episode's own length) and `gspo` (one
-            ratio for a whole episode; its clip is of another order, 4e-4 in the paper).
+            ratio for a whole episode; its clip is of another order, 4e-4 in the paper); or `ppo`, with a value function
+            in place of the group's baseline (options under `ppo`).
         objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
             `rlhf_duplex.algorithms.objectives.Objective`.
         updates: how many [100].
@@ -45,6 +47,9 @@ class TrainerConfig:
             was when it was drawn (streaming, in another number type), at most `importance_cap` times; `none` does not.
         gradient_checkpointing: compute the layers of the transformer anew in the backward pass: less memory, a third
             more time.
+        ahead: roll out the next update's episodes while this one is learned from (they are then one update old, and
+            `importance` is `truncated` whatever it says; needs workers of their own). The update after a checkpoint has
+            fresh episodes, so that a resumed run is the same run.
     """
 
     algorithm: str = "grpo"
@@ -66,6 +71,25 @@ class TrainerConfig:
     importance: str = "none"
     importance_cap: float = 2.0
     gradient_checkpointing: bool = False
+    ahead: bool = False
+
+
+@dataclass
+class PpoConfig:
+    """The value function of `trainer.algorithm: ppo`, and its advantages; see `rlhf_duplex.algorithms.values`.
+
+    Attributes:
+        gamma, gae_lambda: discount and lambda a frame (80 ms).
+        value_clip: how far a value may move from its old one, in units of the reward; 0: as far as it likes.
+        value_learning_rate: of the head, constant.
+        standardise_rewards: rewards of an axis in standard deviations from their mean over the batch.
+    """
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.99
+    value_clip: float = 0.5
+    value_learning_rate: float = 1e-3
+    standardise_rewards: bool = True
 
 
 @dataclass
@@ -132,10 +156,15 @@ class RolloutConfig:
 
 @dataclass
 class CheckpointingConfig:
-    """A checkpoint every so many updates (and at the end); the last `keep` are kept."""
+    """A checkpoint every so many updates (and at the end); the last `keep` are kept, and the best.
+
+    `best`: a metric of metrics.jsonl, its mean over the updates since the checkpoint before; higher is better, with a
+    minus before its name lower is (`-kl`). `checkpoints/best` points to it. Empty: none is kept as the best.
+    """
 
     every: int = 10
     keep: int = 2
+    best: str = "reward/total"
 
 
 @dataclass
@@ -179,13 +208,6 @@ class LiveConfig:
     dialogues: int = 64
     seconds: float = 20.0
     lead_in: float = 1.0
-
-
-@dataclass
-class ClusterConfig:
-    """`workers`: 0 runs in the process itself."""
-
-    workers: int = 0
 
 
 @dataclass
@@ -257,6 +279,7 @@ class Config:
         env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of
             the training segments). The evaluation before and after is on recorded users either way.
         rewards: by axis, `weight`, `target` and the axis' own options.
+        dry_run: what `train --dry-run` reckons with.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`
             is the user's cache folder, `none` keeps none.
@@ -273,6 +296,7 @@ class Config:
     env: str = "replay"
     live: LiveConfig = field(default_factory=LiveConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
@@ -284,6 +308,7 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     trackers: list[str] = field(default_factory=list)
     codes_cache: str = "auto"
 
@@ -381,6 +406,7 @@ def check_config(config: Config) -> None:
         "live.lead_in": config.live.lead_in,
         "optimiser.learning_rate": optimiser.learning_rate,
         "optimiser.clip_norm": optimiser.clip_norm,
+        "ppo.value_learning_rate": config.ppo.value_learning_rate,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -399,6 +425,7 @@ def check_config(config: Config) -> None:
         "trainer.kl_beta": trainer.kl_beta,
         "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
         "trainer.audio_beta": trainer.audio_beta,
+        "ppo.value_clip": config.ppo.value_clip,
         "context.lead_in": config.context.lead_in,
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
@@ -411,7 +438,7 @@ def check_config(config: Config) -> None:
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
-        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo")),
+        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo", "ppo")),
         "trainer.objective": (trainer.objective, OBJECTIVES),
         "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
         "trainer.importance": (trainer.importance, ("none", "truncated")),
@@ -422,11 +449,14 @@ def check_config(config: Config) -> None:
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
             raise InputError(f"{key} '{chosen}' is not known: choose {' or '.join(allowed)}")
+    if not (0 <= config.ppo.gamma <= 1 and 0 <= config.ppo.gae_lambda <= 1):
+        raise InputError(
+            f"ppo.gamma and ppo.gae_lambda must lie in [0, 1], found {config.ppo.gamma} and {config.ppo.gae_lambda}"
+        )
     check_lora(config.lora)
     if config.lora.rank and "temporal" not in config.lora.parts:
         raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
-    if config.cluster.workers != 0:
-        raise InputError(f"cluster.workers is {config.cluster.workers}, only 0 (in the process itself) is supported")
+    check_cluster(config.cluster, trainer.ahead)
     for name in config.trackers:
         if name not in ("tensorboard", "wandb"):
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
@@ -440,6 +470,7 @@ DECIDES_NUMBERS = (
     "live",
     "train_axes",
     "trainer",
+    "ppo",
     "optimiser",
     "sampling",
     "context",

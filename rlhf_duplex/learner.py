@@ -6,18 +6,26 @@ Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from envs.cores import map_on_cores
 from envs.episode import Episode
 from rlhf_duplex.algorithms.losses import grpo_loss, masked_mean, truncated_weights
 from rlhf_duplex.algorithms.objectives import Objective
-from rlhf_duplex.config import OptimiserConfig, TrainerConfig
+from rlhf_duplex.algorithms.values import (
+    explained_variance,
+    generalised_advantages,
+    value_loss,
+    whitened_frames,
+)
+from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig
+from rlhf_duplex.critic import Critic
 from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
+from rlhf_duplex.parallel import Alone
 from rlhf_duplex.policy.lora import has_lora, is_fresh, part_of, without_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.scoring import score_text
@@ -35,8 +43,9 @@ class Batch:
         codes: `(B, K, T)` int64, -1 in the padding.
         log_probs: `(B, T)` of the behaviour policy.
         mask: `(B, T)` bool, the frames that the loss is about.
-        advantages: `(B,)`, or `(B, T)` where they differ from frame to frame.
+        advantages: `(B,)`, or `(B, T)`; with PPO the rewards `(B,)`, until the update has made advantages of them.
         weights: `(B, T)` importance weights, or None.
+        values, returns: `(B, T)` of the value function before the update and what it is taught; None without one.
     """
 
     codes: torch.Tensor
@@ -44,17 +53,27 @@ class Batch:
     mask: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """Some of the episodes, cut to the longest of them."""
         length = int(self.mask[index].any(dim=0).nonzero().max()) + 1 if self.mask[index].any() else 1
+        advantages = self.advantages[index]
         return Batch(
             self.codes[index, :, :length],
             self.log_probs[index, :length],
             self.mask[index, :length],
-            self.advantages[index] if self.advantages.ndim == 1 else self.advantages[index, :length],
+            advantages if advantages.ndim == 1 else advantages[:, :length],
             None if self.weights is None else self.weights[index, :length],
+            None if self.values is None else self.values[index, :length],
+            None if self.returns is None else self.returns[index, :length],
         )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **tensors)
 
 
 def make_batch(episodes: Sequence[Episode], advantages: torch.Tensor, frame_rate: float, device: torch.device) -> Batch:
@@ -73,8 +92,8 @@ def make_batch(episodes: Sequence[Episode], advantages: torch.Tensor, frame_rate
     mask = torch.zeros(len(rows), frames, dtype=torch.bool)
     for index, (episode, row) in enumerate(zip(episodes, rows, strict=True)):
         count = row.shape[1]
-        codes[index, :, :count] = torch.from_numpy(row)
-        log_probs[index, :count] = torch.from_numpy(episode.log_probs)
+        codes[index, :, :count] = torch.tensor(row)
+        log_probs[index, :count] = torch.tensor(episode.log_probs)
         mask[index, :count] = torch.from_numpy(episode.frame_mask(frame_rate))
     return Batch(codes.to(device), log_probs.to(device), mask.to(device), advantages.to(device))
 
@@ -85,7 +104,9 @@ class Learner:
     Args:
         policy: is trained in place.
         trainer, optimiser: configuration.
-        seed: of the order of minibatches.
+        seed: of the order of minibatches, and of a value function's first weights.
+        ppo: of the value function, which `trainer.algorithm` `ppo` has.
+        parallel: the group of learners that share the update.
 
     The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is, with
     adapters as without. Weights that are not trained are shared with it: with adapters it is the model with them off,
@@ -93,8 +114,17 @@ class Learner:
     is lost in 8 bits).
     """
 
-    def __init__(self, policy: MoshiPolicy, trainer: TrainerConfig, optimiser: OptimiserConfig, seed: int) -> None:
-        self.policy, self.trainer, self.config, self.seed = policy, trainer, optimiser, seed
+    def __init__(
+        self,
+        policy: MoshiPolicy,
+        trainer: TrainerConfig,
+        optimiser: OptimiserConfig,
+        seed: int,
+        ppo: PpoConfig | None = None,
+        parallel: Alone | None = None,
+    ) -> None:
+        self.trainer, self.config, self.seed, self.ppo = trainer, optimiser, seed, ppo or PpoConfig()
+        self.parallel = parallel or Alone()
         self.objective = Objective(
             trainer.objective,
             policy.lm.text_padding_token_id,
@@ -112,12 +142,16 @@ class Learner:
             reference = without_lora(reference)
         policy.lm.transformer.checkpointing = trainer.gradient_checkpointing
         # The reference keeps its whole vocabulary: cut to its own top-k, KL to it would be infinite.
-        self.reference = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0), policy.prompt)
+        uncut = MoshiPolicy(reference, replace(policy.sampling, text_top_k=0), policy.prompt)
+        self.policy, self.reference = self.parallel.prepare(policy, uncut)
         self.parameters = {n: p for n, p in policy.lm.named_parameters() if p.requires_grad}
         self.masters = {
             n: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
             for n, p in self.parameters.items()
         }
+        self.critic = None
+        if trainer.algorithm == "ppo":
+            self.critic = Critic(policy.lm.dim, self.ppo, seed, policy.device)
         self.optimiser = torch.optim.AdamW(
             self.masters.values(),
             lr=optimiser.learning_rate,
@@ -155,9 +189,7 @@ class Learner:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, update)).generate_state(1)[0]))
         seen: dict[str, list[float]] = defaultdict(list)
-        mismatch: dict[str, float] = {}
-        if self.trainer.objective != "tokens" or self.trainer.importance != "none":
-            batch, mismatch = self._as_trained(batch)
+        batch, figures = self._prepare(batch)
         # Dr. GRPO divides by one length for all: their mean, so that the loss is of the size of the others.
         length = float(batch.mask.sum(dim=1).float().mean()) if self.trainer.algorithm == "dr_grpo" else None
         for _ in range(self.trainer.passes):
@@ -171,58 +203,94 @@ class Learner:
         joined["ratio_first"] = seen["ratio_mean"][0]
         joined["mismatch/ratio_mean"], joined["mismatch/ratio_max"] = seen["ratio_mean"][0], seen["ratio_max"][0]
         joined["mismatch/kl"] = seen["approx_kl"][0]
-        joined |= mismatch
-        return {**joined, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
+        return {**joined, **figures, "learning_rate": rate, "optimiser_steps": float(len(seen["loss"]))}
 
-    def _as_trained(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """The batch with log-probabilities as the objective sees them, under the policy before the update, and weights.
-
-        Also how these differ from those that were recorded in the rollouts.
-        """
-
-        @torch.no_grad()
-        def part(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            rows = batch.rows(index)
-            scores = score_text(self.policy, rows.codes, rows.mask, objective=self.objective)
-            return index, scores.tokens, scores.done
-
-        tokens, done = torch.zeros_like(batch.log_probs), torch.zeros_like(batch.log_probs)
-        order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
-        for index, *values in map_on_cores(part, order.split(self.trainer.microbatch), self.policy.device):
-            tokens[index, : values[0].shape[1]], done[index, : values[1].shape[1]] = values
-        drawn = batch.log_probs
-        weights = None
-        if self.trainer.importance == "truncated":
-            weights = truncated_weights(tokens, drawn, batch.mask, self.trainer.importance_cap)
-        log_ratio = torch.where(batch.mask, tokens - drawn, torch.zeros_like(drawn))
-        mismatch = {
-            "mismatch/ratio_mean": float(masked_mean(log_ratio.exp(), batch.mask).mean()),
+    def _prepare(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """What is computed with the policy as it is before the update: PPO's advantages, importance weights, the
+        log-probabilities of what was done as the objective sees it; and how they differ from the recorded ones."""
+        trainer = self.trainer
+        weighted = trainer.ahead or trainer.importance == "truncated"
+        if self.critic is None and not weighted and trainer.objective == "tokens":
+            return batch, {}
+        tokens, done, values = self._before(batch)
+        drawn, mask = batch.log_probs, batch.mask
+        log_ratio = torch.where(mask, tokens - drawn, torch.zeros_like(drawn))
+        figures = {
+            "mismatch/ratio_mean": float(masked_mean(log_ratio.exp(), mask).mean()),
             "mismatch/ratio_max": float(log_ratio.exp().max()),
-            "mismatch/kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask).mean()),
+            "mismatch/kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, mask).mean()),
         }
-        return replace(batch, log_probs=done, weights=weights), mismatch
+        if weighted:
+            weights = truncated_weights(tokens, drawn, mask, trainer.importance_cap)
+            figures["importance_mean"] = float(weights[mask].mean())
+            figures["importance_truncated"] = float((weights[mask] >= trainer.importance_cap).float().mean())
+            batch = replace(batch, weights=weights)
+        if weighted or trainer.objective != "tokens":
+            batch = replace(batch, log_probs=done)
+        if self.critic is not None:
+            advantages, returns = generalised_advantages(
+                batch.advantages, values, mask, self.ppo.gamma, self.ppo.gae_lambda
+            )
+            figures["explained_variance"] = explained_variance(values, returns, mask)
+            batch = replace(batch, advantages=whitened_frames(advantages, mask), values=values, returns=returns)
+        return batch, figures
+
+    def _before(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(B, T)` each: log-probabilities of the tokens, of what was done as the objective sees it, and values."""
+
+        def evaluate(part: tuple[torch.Tensor, bool]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            with torch.no_grad():  # of this thread
+                rows = batch.rows(part[0])
+                scores = score_text(self.policy, rows.codes, rows.mask, objective=self.objective, critic=self._critic)
+                return scores.tokens, scores.done, scores.values
+
+        result = torch.zeros(3, *batch.log_probs.shape, device=batch.log_probs.device)
+        order = batch.mask.sum(dim=1).argsort(descending=True).cpu()
+        parts = self.parallel.share(order.split(self.trainer.microbatch))
+        for (index, counts), found in zip(parts, self.parallel.map(evaluate, parts, self.policy.device), strict=True):
+            for place, values in enumerate(found if counts else ()):
+                result[place, index, : values.shape[1]] = values
+        tokens, done, values = self.parallel.total(result).unbind()
+        return tokens, done, values
+
+    @property
+    def _critic(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        return None if self.critic is None else self.critic.values
 
     def _step(self, batch: Batch, index: torch.Tensor, update: int, length: float | None) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
-        self.optimiser.zero_grad(set_to_none=True)
         # Similar lengths together: less padding in each forward pass. The sum over microbatches is the same.
         index = index[batch.mask[index].float().sum(dim=1).argsort().cpu()]
         # The longest first: what is left at the end of the queue is short.
-        parts = index.split(self.trainer.microbatch)[::-1]
-        results = map_on_cores(
-            lambda rows: self._gradients(batch.rows(rows), len(rows) / len(index), length), parts, self.policy.device
-        )
-        for part, (gradients, diagnostics) in zip(parts, results, strict=True):
-            for master, gradient in zip(self.masters.values(), gradients, strict=True):
+        parts = self.parallel.share(index.split(self.trainer.microbatch)[::-1])
+        heads = [] if self.critic is None else list(self.critic.parameters.values())
+        trained, stepped = [*self.parameters.values(), *heads], [*self.masters.values(), *heads]
+        for parameter in (*trained, *stepped):
+            parameter.grad = None
+
+        def part_gradients(part: tuple[torch.Tensor, bool]) -> tuple[Any, dict[str, torch.Tensor]]:
+            rows, counts = part
+            return self._gradients(batch.rows(rows), counts * len(rows) / len(index), trained, length)
+
+        results = self.parallel.map(part_gradients, parts, self.policy.device)
+        for (part, counts), (gradients, diagnostics) in zip(parts, results, strict=True):
+            for master, gradient in zip(stepped, gradients, strict=False):
                 if gradient is not None:
                     gradient = gradient.to(master.dtype)
                     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             for name, value in diagnostics.items():
+                totals.setdefault(name, torch.zeros_like(value))
                 if name.endswith("max"):
-                    totals[name] = torch.maximum(totals.get(name, value), value)
+                    totals[name] = torch.maximum(totals[name], value * counts)
                 else:
-                    totals[name] = totals.get(name, torch.zeros_like(value)) + value * (len(part) / len(index))
+                    totals[name] = totals[name] + value * (counts * len(part) / len(index))
+        for parameter, master in zip(trained, stepped, strict=True):
+            if parameter.grad is not None and master is not parameter:  # of a backward pass that wrote them there
+                master.grad, parameter.grad = parameter.grad.to(master.dtype), None
+        self.parallel.reduce(stepped)
+        totals = {name: self.parallel.total(value, name.endswith("max")) for name, value in totals.items()}
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip_norm)
+        norm = self.parallel.whole({"norm": norm}, everywhere=True)["norm"]
         values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
         wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if wrong:
@@ -232,6 +300,8 @@ class Learner:
             )
         self.optimiser.step()
         self._to_policy()
+        if self.critic is not None:
+            values["value_grad_norm"] = self.critic.step(self.config.clip_norm)
         return values
 
     @torch.no_grad()
@@ -242,17 +312,20 @@ class Learner:
                 parameter.copy_(self.masters[name])
 
     def _gradients(
-        self, batch: Batch, share: float, length: float | None
-    ) -> tuple[tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        self, batch: Batch, share: float, trained: list[torch.nn.Parameter], length: float | None
+    ) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
         """Of one microbatch, which is this share of its minibatch."""
         loss, diagnostics = self._loss(batch, length)
-        gradients = torch.autograd.grad(loss * share, list(self.parameters.values()), allow_unused=True)
-        return gradients, {**diagnostics, "loss": loss.detach()}
+        whole = loss + diagnostics.get("value_loss", 0.0)
+        gradients = self.parallel.gradients(whole * share, trained)
+        return gradients, {name: value.detach() for name, value in {**diagnostics, "loss": loss}.items()}
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trainer = self.trainer
         anchored = trainer.audio_beta > 0
-        scores = score_text(self.policy, batch.codes, batch.mask, self.reference, self.objective, drift=anchored)
+        scores = score_text(
+            self.policy, batch.codes, batch.mask, self.reference, self.objective, anchored, self._critic
+        )
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
         weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
         loss, diagnostics = grpo_loss(
@@ -275,13 +348,38 @@ class Learner:
         with torch.no_grad():
             diagnostics["kl"] = masked_mean(scores.kl, batch.mask).mean()
             diagnostics["entropy"] = masked_mean(scores.entropy, batch.mask).mean()
+        if batch.values is not None and batch.returns is not None:
+            diagnostics["value_loss"] = value_loss(
+                scores.values, batch.values, batch.returns, batch.mask, self.ppo.value_clip
+            )
         return loss, diagnostics
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights of the policy, whole; of a group only its first member need be given any (see `parallel`)."""
+        return self.parallel.whole(self.policy.lm.state_dict())
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """Those that training changes: what a rollout worker needs to be given."""
+        return self.parallel.whole({name: value.detach() for name, value in self.parameters.items()})
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put whole weights back, those that are there.
+
+        Raises:
+            ValueError: one is unknown or of another shape.
+        """
+        own = self.policy.lm.state_dict()
+        for name, value in weights.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ValueError(f"weight '{name}' is unknown or has another shape than {tuple(value.shape)}")
+            with torch.no_grad():
+                own[name].copy_(self.parallel.cut(value, own[name]))
 
     def state(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as named tensors (safetensors holds nothing else), float32 copies of weights in it."""
         copies = {n: m for n, m in self.masters.items() if m is not self.parameters[n]}
-        kept = {f"master/{name}": master.detach().cpu().clone() for name, master in copies.items()}
-        return optimiser_state(self.masters, self.optimiser) | kept
+        kept = {f"master/{name}": master.detach().clone() for name, master in copies.items()}
+        return self.parallel.whole(optimiser_state(self.masters, self.optimiser) | kept)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave (nothing, before the first update).
@@ -289,8 +387,9 @@ class Learner:
         Raises:
             ValueError: a parameter's state is not whole or has another shape.
         """
-        load_optimiser_state(self.masters, self.optimiser, state)
+        load_optimiser_state(self.masters, self.optimiser, state, self.parallel.cut)
         with torch.no_grad():
             for name, master in self.masters.items():
                 if master is not self.parameters[name]:
-                    master.copy_(state.get(f"master/{name}", self.parameters[name]))
+                    known = f"master/{name}" in state
+                    master.copy_(self.parallel.cut(state[f"master/{name}"], master) if known else self.parameters[name])

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gymnasium.vector import VectorEnv
-
 from envs.live import DuplexLiveVectorEnv
 from envs.scripted_user import ScriptedUser, dialogue_segments, draw_scripts, script_id
 from envs.segments import Segment
@@ -44,13 +42,13 @@ def live_environment(
     return DuplexLiveVectorEnv(chosen, user, codec, detector, lead_in=lead_in), chosen
 
 
-def training_environment(config: Config, replay: Any, inputs: Any) -> VectorEnv:
+def training_environment(config: Config, replay: Any, segments: Sequence[Segment]) -> Any:
     """What RL trains in, by `config.env`: the replaying environment, or a live one.
 
     Args:
         config: of the run.
         replay: the environment of recorded users, with the run's codec and detector.
-        inputs: of the run; live users speak with the utterances of all its training segments.
+        segments: of the run; live users speak with the utterances of all of them.
 
     Raises:
         InputError: as `live_environment`.
@@ -59,14 +57,14 @@ def training_environment(config: Config, replay: Any, inputs: Any) -> VectorEnv:
         return replay
     live = config.live
     env, _ = live_environment(
-        inputs.segments, replay.codec, replay.detector, live.dialogues, live.seconds, live.lead_in, config.seed
+        segments, replay.codec, replay.detector, live.dialogues, live.seconds, live.lead_in, config.seed
     )
     return env
 
 
-def training_segments(config: Config, inputs: Any) -> list[Segment]:
-    """What updates draw from, by `config.env`: the segments of the run, or the dialogues of the live environment."""
+def training_segments(config: Config, recorded: list[Segment]) -> list[Segment]:
+    """What updates draw from, by `config.env`: the `recorded` segments, or the dialogues of the live environment."""
     if config.env == "replay":
-        return inputs.trained
+        return recorded
     ids = [script_id(config.seed, index) for index in range(config.live.dialogues)]
     return dialogue_segments(ids, config.live.seconds)

@@ -1,8 +1,9 @@
 """An AdamW optimiser's state as named tensors: safetensors holds nothing else, and a name outlives an order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 
 _KEYS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -10,18 +11,21 @@ _KEYS = ("step", "exp_avg", "exp_avg_sq")
 def optimiser_state(
     parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The state of named parameters; empty before the first step."""
+    """The state of named parameters; empty before the first step. What is cut over processes comes as it is."""
     return {
-        f"{key}/{name}": value.detach().cpu().clone()
+        f"{key}/{name}": value.detach() if isinstance(value, DTensor) else value.detach().cpu().clone()
         for name, parameter in parameters.items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
 def load_optimiser_state(
-    parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    state: Mapping[str, torch.Tensor],
+    place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Put back what `optimiser_state` gave.
+    """Put back what `optimiser_state` gave; `place` puts a tensor where its parameter is (default: on its device).
 
     Raises:
         ValueError: a parameter's state is not whole or has another shape.
@@ -32,6 +36,10 @@ def load_optimiser_state(
             raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
         if found:
             optimiser.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                key: value.clone() if key == "step" else (place or _on_device)(value, parameter).clone()
                 for key, value in found.items()
             }
+
+
+def _on_device(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return value.to(parameter.device)

@@ -21,14 +21,18 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, trackers: list[str], config: dict[str, Any], keep_updates: int = 0) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self.cut(keep_updates)
+        self._mirrors = [_make_tracker(name, run_dir, keep_updates) for name in trackers]
+        for mirror in self._mirrors:
+            mirror.start()
+            mirror.store_init_configuration(config)
+
+    def cut(self, keep_updates: int) -> None:
+        """Leave out the lines of later updates: the run went back to a checkpoint."""
         kept = [line for line in read_metrics(self.path) if line["update"] <= keep_updates]
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
-        self._mirrors = [_make_tracker(name, run_dir) for name in trackers]
-        for mirror in self._mirrors:
-            mirror.start()
-            mirror.store_init_configuration(config)
 
     def write(self, update: int, metrics: dict[str, float]) -> None:
         """One update's metrics; the line is on disk when this returns."""
@@ -66,10 +70,12 @@ def check_trackers(names: list[str]) -> None:
             raise InputError(f"tracker '{name}' is not installed: pip install {name}")
 
 
-def _make_tracker(name: str, run_dir: Path) -> Any:
+def _make_tracker(name: str, run_dir: Path, keep_updates: int) -> Any:
     from accelerate import PartialState, tracking
 
     PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
     if name == "tensorboard":
-        return tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir))
+        # What a run that goes on writes again is not shown twice.
+        purged = {"purge_step": keep_updates + 1}
+        return tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir), **purged)
     return tracking.WandBTracker(run_name=run_dir.name)

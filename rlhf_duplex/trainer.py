@@ -3,12 +3,8 @@
 Everything is checked before the model is loaded, and everything a run leaves is in its run folder.
 """
 
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,176 +13,61 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from envs.audio import audio_info
 from envs.context import ContextSchedule
-from envs.dialogues import UserSides
 from envs.episode import Episode
 from envs.errors import InputError
-from envs.events import complete_events
-from envs.segments import Segment, read_manifest
-from envs.speech import SpeechDetector, make_detector
-from envs.vector import DuplexDialogueVectorEnv
-from rewards.aggregate import EarlyScores, RewardFunction, RewardSpec
+from envs.segments import Segment
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
-from rlhf_duplex.checkpoint import last_checkpoint, restore, save_checkpoint
-from rlhf_duplex.config import Config, check_resumed, to_yaml
-from rlhf_duplex.data.codes import open_cache
-from rlhf_duplex.evaluation.during import evaluate_during
-from rlhf_duplex.evaluation.metrics import format_table, read_results
-from rlhf_duplex.evaluation.suite import Scores, evaluate_policy, take_before
-from rlhf_duplex.learner import Learner, make_batch
-from rlhf_duplex.live import training_environment, training_segments
-from rlhf_duplex.policy.bundle import Bundle, check_bundle, find_bundle, load_bundle, local_info
-from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
-from rlhf_duplex.policy.moshi import MoshiPolicy
-from rlhf_duplex.policy.prompt import check_prompt, make_prompt
-from rlhf_duplex.policy.sampling import Sampling
+from rlhf_duplex.algorithms.values import batch_rewards
+from rlhf_duplex.checkpoint import last_checkpoint, mark_best, prune
+from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
+from rlhf_duplex.cluster.roles import Played, Scores, make_units
+from rlhf_duplex.config import Config
+from rlhf_duplex.evaluation.during import record_during
+from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values
+from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
+from rlhf_duplex.inputs import NANO_DATA, Inputs, check_machine, first_of_each, load_inputs, load_segments
+from rlhf_duplex.learner import make_batch
+from rlhf_duplex.live import training_segments
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.rollout import episode_seed
+from rlhf_duplex.run_folder import StoppedError, make_console, prepare_run_dir, progress, stop_requests
 from rlhf_duplex.sampler import segments_of_update
-from rlhf_duplex.tracking import MetricsLog, check_trackers
+from rlhf_duplex.tracking import MetricsLog, read_metrics
 
-NANO_DATA = Path(__file__).parent / "nano_data"
-
-
-@dataclass
-class Inputs:
-    """What a run works on, checked."""
-
-    segments: list[Segment]
-    trained: list[Segment]  # those of `segments` that are trained on
-    held_out: list[Segment]
-    held_out_is_training: bool
-    reward_function: RewardFunction
-    detector: SpeechDetector
+__all__ = [
+    "NANO_DATA", "Inputs", "Trainer", "check_machine", "evaluate", "first_of_each", "load_inputs", "load_segments",
+    "make_console", "prepare_run_dir", "progress", "stop_requests", "train",
+]  # fmt: skip
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Manifests, audio, reward axes and detector, each held against what is wrong with it, with no model loaded.
+@dataclass(frozen=True)
+class Rollouts:
+    """The episodes of an update, in the order of groups and members, and their scores.
+
+    Attributes:
+        figures: what the reward axes say of their work.
+        seconds: by stage.
+    """
+
+    episodes: list[Episode]
+    scores: list[Scores]
+    figures: dict[str, float]
+    seconds: dict[str, float]
+
+
+def make_cluster(config: Config, inputs: Inputs, console: Console) -> Cluster:
+    """Who does the work: this process, or Ray's.
 
     Raises:
-        InputError: the first thing that is wrong.
+        InputError: Ray cannot be had, or is too small.
     """
-    check_machine(config)
-    check_prompt(config.prompt)
-    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
-    reward_function = RewardFunction(specs)
-    detector = make_detector(config.detector.name, **config.detector.options)
-    segments = load_segments(config.segments, "train", detector)
-    evaluation = config.evaluation.segments
-    if evaluation is None and config.segments == "nano":
-        evaluation = "nano"
-    held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
-    held_out = first_of_each(held_out, config.evaluation.limit)
-    if config.evaluation.before is not None:
-        read_results(Path(config.evaluation.before))
-    missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
-    if missing:
-        raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
-    trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
-    reward_function.prepare([*segments, *held_out])
-    return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
+    if config.cluster.workers == 0:
+        return LocalCluster(config, inputs)
+    from rlhf_duplex.cluster.ray_cluster import RayCluster  # Ray takes seconds to import
 
-
-def check_machine(config: Any) -> None:
-    """Device, trackers and the checkpoint's file headers.
-
-    Raises:
-        InputError: the first that cannot be used.
-    """
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"device '{config.device}' cannot be used ({first}): choose another") from error
-    check_trackers(config.trackers)
-    folder = find_bundle(config.checkpoint)
-    if folder is not None:
-        check_bundle(local_info(folder))
-
-
-def first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
-    """The first `limit` segments of every axis (0: all)."""
-    seen: dict[str, int] = {}
-    kept = []
-    for segment in segments:
-        seen[segment.axis] = seen.get(segment.axis, 0) + 1
-        if not limit or seen[segment.axis] <= limit:
-            kept.append(segment)
-    return kept
-
-
-def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
-    """A manifest, or the `part` (`train`, `heldout`) of nano's, with its audio read once and its events completed.
-
-    Raises:
-        InputError: the first thing that is wrong.
-    """
-    path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
-    segments = read_manifest(path)
-    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
-        list(pool.map(_check_audio, segments))
-    return complete_events(segments, detector)
-
-
-def _check_audio(segment: Segment) -> None:
-    """Read what the header cannot tell: truncated files, NaN samples."""
-    segment.user_audio(audio_info(segment.recording)[0])
-
-
-def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
-    """The run folder, made and writable, with the resolved configuration in it.
-
-    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is
-    not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
-
-    Raises:
-        InputError: it cannot be written, or the run to resume had another configuration.
-    """
-    run_dir = Path(config.run_dir)
-    folder = find_bundle(config.checkpoint)
-    if folder is not None and not config.resume and folder.resolve().is_relative_to(run_dir.resolve()):
-        raise InputError(f"checkpoint {folder} lies in the run folder {run_dir}: choose another with run_dir=...")
-    try:
-        known = ("metrics.jsonl", "evaluation", "checkpoints")
-        if not config.resume and any((run_dir / name).exists() for name in known):
-            number = 1
-            while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-                number += 1
-            os.rename(run_dir, old)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-        if config.resume:
-            check(config, run_dir / "config.yaml")
-        temporary = run_dir / f".config.{os.getpid()}"
-        temporary.write_text(to_yaml(config))
-        os.replace(temporary, run_dir / "config.yaml")
-    except OSError as error:
-        raise InputError(
-            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
-        ) from error
-    return run_dir
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM: the loop ends after the update that is under way, with a checkpoint."""
-    received: list[int] = []
-    old = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            old[number] = signal.signal(number, lambda n, _: received.append(n))
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    return RayCluster(config, inputs, console)
 
 
 class Trainer:
@@ -194,35 +75,24 @@ class Trainer:
 
     def __init__(self, config: Config, inputs: Inputs, run_dir: Path, console: Console) -> None:
         self.config, self.inputs, self.run_dir, self.console = config, inputs, run_dir, console
-        torch.manual_seed(config.seed)
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-        self.bundle: Bundle = load_bundle(config.checkpoint, config.device, dtype)
-        if config.lora.rank:
-            add_lora(self.bundle.lm, seed=config.seed, **vars(config.lora))
-        sampling = Sampling(**vars(config.sampling))
-        self.policy = MoshiPolicy(self.bundle.lm, sampling, make_prompt(self.bundle, config.prompt))
-        self.actor = self.policy  # plays the episodes that are trained on
-        if config.lora.rank and config.rollout.merged:
-            self.actor = MoshiPolicy(merged_copy(self.bundle.lm), sampling, self.policy.prompt)
-        self.codec = self.bundle.codec
         self.context = ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
-        store = open_cache(config.codes_cache, self.codec)
-        users = UserSides(self.codec, inputs.detector, config.context.lead_in, store=store)
-        self.env = DuplexDialogueVectorEnv(
-            inputs.segments, self.codec, inputs.detector, context=self.context, user_sides=users
-        )
-        self.training_env = training_environment(config, self.env, inputs)
-        self.learner = Learner(self.policy, config.trainer, config.optimiser, config.seed)
+        folder = last_checkpoint(run_dir) if config.resume else None
+        if config.resume and folder is None:
+            raise InputError(f"resume is set, but {run_dir} has no checkpoint: start without resume=true")
+        self.cluster = make_cluster(config, inputs, console)
         self.update = 0
-        if config.resume:
-            folder = last_checkpoint(run_dir)
-            if folder is None:
-                raise InputError(f"resume is set, but {run_dir} has no checkpoint: start without resume=true")
-            self.update = restore(folder, self.bundle, self.learner)
+        self.stopped: Sequence[int] = ()  # signals that asked for an end
+        self._begun: int | None = None  # the update whose episodes are being rolled out
+        if folder is not None:
+            self.update = self.cluster.restore(folder)
             console.print(f"going on from {folder}, after {self.update} updates")
 
     def evaluate(self, name: str) -> dict[str, Any]:
-        """Play the held-out suite; writes `evaluation/NAME.json` and the episodes that the report shows."""
+        """Play the held-out suite; writes `evaluation/NAME.json` and the episodes that the report shows.
+
+        Raises:
+            StoppedError: a signal asked for it.
+        """
         config, inputs = self.config, self.inputs
         extra = {
             "checkpoint": config.checkpoint,
@@ -230,116 +100,211 @@ class Trainer:
             "lead_in_seconds": config.context.lead_in,
             "on_training_segments": inputs.held_out_is_training,
         }
-        with progress(self.console, f"evaluation {name}", self._suite_frames()) as advance:
-            return evaluate_policy(
-                self.run_dir,
-                name,
-                self.policy,
-                self.env,
-                inputs.reward_function,
-                inputs.held_out,
-                config.evaluation,
-                config.rollout.batch_size,
-                extra,
-                advance,
-                recorded=[*inputs.segments, *inputs.held_out],
-            )
+        samples = config.evaluation.samples
+        frames = sum(s.duration + config.context.lead_in for s in inputs.held_out) * samples * self.cluster.frame_rate
+        with progress(self.console, f"evaluation {name}", frames) as advance:
+            while True:
+                try:
+                    found = self._play_suite(inputs.held_out, samples, advance)
+                    break
+                except LearnersLostError as error:
+                    self._recover(error)
+        return record_suite(
+            self.run_dir,
+            name,
+            found.episodes,
+            found.scores,
+            config.evaluation,
+            found.figures,
+            extra,
+            recorded=[*inputs.segments, *inputs.held_out],
+        )
 
-    def _suite_frames(self) -> float:
-        seconds = sum(s.duration + self.config.context.lead_in for s in self.inputs.held_out)
-        return seconds * self.config.evaluation.samples * self.codec.frame_rate
+    def _play_suite(
+        self, held_out: Sequence[Segment], samples: int, advance: Callable[[float], None] | None = None
+    ) -> Rollouts:
+        segments, seeds, contexts = suite_episodes(held_out, samples, self.config.evaluation.seed)
+        units = make_units(segments, seeds, contexts, self.cluster.unit, self.cluster.workers, audio=True)
 
-    def rollouts(self) -> tuple[list[Episode], list[Scores], dict[str, float]]:
-        """The episodes of the next update, their scores, and the seconds that each stage took."""
-        config, update = self.config, self.update
-        trainer = config.trainer
-        groups = segments_of_update(training_segments(config, self.inputs), update, trainer.groups, config.seed)
+        def go_on(count: float) -> None:
+            if advance is not None:
+                advance(count)
+            if self.stopped:
+                raise StoppedError
+
+        self.cluster.begin(units)
+        played = self.cluster.played(go_on)
+        self.cluster.figures()  # those of an update begin after this
+        return _in_order(played, len(segments))
+
+    def evaluate_during(self) -> dict[str, float]:
+        """A part of the held-out suite where it is its turn, see `rlhf_duplex.evaluation.during`; its metrics."""
+        evaluation, inputs, started = self.config.evaluation, self.inputs, time.perf_counter()
+        if not evaluation.every or self.update % evaluation.every:
+            return {}
+        found = self._play_suite(first_of_each(inputs.held_out, evaluation.every_limit), 1)
+        values = segment_values(found.episodes, found.scores, [*inputs.segments, *inputs.held_out])
+        figures = record_during(self.run_dir, self.update, values, self.config.context.lead_in)
+        return figures | {"time/evaluation": time.perf_counter() - started}
+
+    def begin_rollouts(self, update: int) -> None:
+        """Have the episodes of an update rolled out with the weights of now."""
+        config, trainer = self.config, self.config.trainer
+        groups = segments_of_update(training_segments(config, self.inputs.trained), update, trainer.groups, config.seed)
         rng = np.random.default_rng((config.seed, update))
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]
-        started = time.perf_counter()
-        early = EarlyScores(self.inputs.reward_function)
-        if self.actor is not self.policy:
-            merge_into(self.actor.lm, self.bundle.lm)
-        episodes = rollout(
-            self.actor,
-            self.training_env,
-            [segment for segment in groups for _ in range(trainer.group_size)],
-            [
-                episode_seed(config.seed, update, group, member)
-                for group in range(len(groups))
-                for member in range(trainer.group_size)
-            ],
-            [context for context in contexts for _ in range(trainer.group_size)],
-            update,
-            config.rollout.batch_size,
-            on_batch=early.add,
+        members = range(trainer.group_size)
+        units = make_units(
+            [segment for segment in groups for _ in members],
+            [episode_seed(config.seed, update, group, member) for group in range(len(groups)) for member in members],
+            [context for context in contexts for _ in members],
+            self.cluster.unit,
+            self.cluster.workers,
+            live=config.env == "live",
         )
-        rolled = time.perf_counter()
-        scores: list[Scores] = list(early.finish())
-        return (
-            episodes,
-            scores,
-            {"time/rollout": rolled - started, "time/score": time.perf_counter() - rolled},
-        )
+        self.cluster.begin(units)
+        self._begun = update
+
+    def rollouts(self) -> Rollouts:
+        """The episodes of the next update, scored; begun before, or now."""
+        trainer, started = self.config.trainer, time.perf_counter()
+        if self._begun != self.update:
+            self.begin_rollouts(self.update)
+        played = self.cluster.played()
+        self._begun = None
+        found = _in_order(played, trainer.groups * trainer.group_size)
+        oldest = self.update - (1 if trainer.ahead else 0)
+        wrong = {e.policy_version for e in found.episodes if not oldest <= e.policy_version <= self.update}
+        if wrong:
+            raise RuntimeError(f"episodes of the policy's versions {sorted(wrong)} in update {self.update}")
+        found.seconds["time/score"] = max((p.seconds["judge"] for p in played), default=0.0)
+        found.seconds["time/rollout"] = time.perf_counter() - started - found.seconds["time/score"]
+        return found
 
     def step(self) -> dict[str, float]:
         """One update: rollouts, advantages, optimiser steps; gives its metrics."""
-        trainer = self.config.trainer
-        episodes, scores, times = self.rollouts()
-        function = self.inputs.reward_function
+        trainer, function, started = self.config.trainer, self.inputs.reward_function, time.perf_counter()
+        found = self.rollouts()
         rewards = {
             axis: torch.from_numpy(values).reshape(-1, trainer.group_size)
-            for axis, values in function.values(scores).items()
+            for axis, values in function.values(found.scores).items()
         }
         baseline = {"rloo": "leave_one_out", "dr_grpo": "mean"}.get(trainer.algorithm, "standardised")
         result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten, baseline=baseline)
-        started = time.perf_counter()
-        batch = make_batch(episodes, result.advantages.reshape(-1), self.codec.frame_rate, self.policy.device)
-        diagnostics = self.learner.update(batch, self.update)
-        times["time/update"] = time.perf_counter() - started
-        times["time/total"] = sum(times.values())
-        self.update += 1
-        seconds = sum(episode.duration for episode in episodes)
-        return {
-            "reward/total": float(np.mean([function.total(row) for row in scores])),
+        advantages = result.advantages.reshape(-1)
+        if trainer.algorithm == "ppo":  # the value function makes advantages of them
+            advantages = batch_rewards(rewards, function.weights, self.config.ppo.standardise_rewards)
+        batch = make_batch(found.episodes, advantages, self.cluster.frame_rate, torch.device("cpu"))
+        if trainer.ahead and self.update + 1 < trainer.updates and not self._pauses(self.update + 1):
+            self.begin_rollouts(self.update + 1)
+        learning = time.perf_counter()
+        diagnostics = self.cluster.learn(batch, self.update)
+        now = time.perf_counter()
+        seconds = sum(episode.duration for episode in found.episodes)
+        metrics = {
+            "reward/total": float(np.mean([function.total(row) for row in found.scores])),
             **_by_axis(result),
-            **function.metrics(),
+            **found.figures,
             **diagnostics,
-            "episodes": float(len(episodes)),
+            "staleness": float(np.mean([self.update - e.policy_version for e in found.episodes])),
+            "episodes": float(len(found.episodes)),
             "audio_seconds": seconds,
-            "audio_seconds_per_second": seconds / times["time/total"],
-            **times,
+            "audio_seconds_per_second": seconds / (now - started),
+            **found.seconds,
+            "time/update": now - learning,
+            "time/total": now - started,
+            "time/utilisation_learner": (now - learning) / (now - started),
+            **self.cluster.figures(),
         }
+        self.update += 1
+        return metrics
+
+    def _due(self, update: int) -> bool:
+        """Whether there is a checkpoint after so many updates."""
+        return update % self.config.checkpointing.every == 0 or update == self.config.trainer.updates
+
+    def _pauses(self, update: int) -> bool:
+        """Whether something comes between so many updates and the next rollouts, so that none are begun ahead."""
+        every = self.config.evaluation.every
+        return self._due(update) or bool(every and update % every == 0)
 
     def run(self) -> bool:
         """All updates that are left; True where a signal ended it early."""
         config = self.config
         log = MetricsLog(self.run_dir, config.trackers, _flat(config), self.update if config.resume else 0)
         try:
-            with (
-                stop_requests() as stopped,
-                progress(self.console, "training", config.trainer.updates - self.update) as advance,
-            ):
-                while self.update < config.trainer.updates and not stopped:
-                    metrics = self.step()
-                    metrics |= evaluate_during(self, self.update)
-                    log.write(self.update, metrics)
-                    advance(1)
-                    self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
-                    if (
-                        self.update % config.checkpointing.every == 0
-                        or self.update == config.trainer.updates
-                        or stopped
-                    ):
-                        self.save()
-            return bool(stopped)
+            with progress(self.console, "training", config.trainer.updates - self.update) as advance:
+                while self.update < config.trainer.updates and not self.stopped:
+                    try:
+                        metrics = self.step()
+                        metrics |= self.evaluate_during()
+                        log.write(self.update, metrics)
+                        advance(1)
+                        self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
+                        if self._due(self.update) or self.stopped:
+                            self.save()
+                    except LearnersLostError as error:
+                        before = self.update
+                        self._recover(error)
+                        log.cut(self.update)
+                        advance(self.update - before)
+            return bool(self.stopped)
         finally:
             log.close()
 
+    def _recover(self, error: LearnersLostError) -> None:
+        """Go back to the last checkpoint with new learners."""
+        while True:
+            self.cluster.lost(error)
+            try:
+                self.cluster.recover()
+                folder = last_checkpoint(self.run_dir)
+                assert folder is not None  # there is one before the first update
+                self.update, self._begun = self.cluster.restore(folder), None
+                return
+            except LearnersLostError as again:
+                error = again
+
     def save(self) -> Path:
-        """A checkpoint of now."""
-        return save_checkpoint(self.run_dir, self.update, self.bundle, self.learner, self.config.checkpointing.keep)
+        """A checkpoint of now; the oldest ones go, and the best is marked."""
+        checkpointing = self.config.checkpointing
+        before = last_checkpoint(self.run_dir)
+        folder = self.cluster.save(self.run_dir, self.update)
+        if checkpointing.best and self.update:
+            first = 0 if before is None else int(before.name.rpartition("_")[2])
+            self._mark_best(folder, first)
+        prune(self.run_dir, checkpointing.keep)
+        return folder
+
+    def _mark_best(self, folder: Path, first: int) -> None:
+        name = self.config.checkpointing.best
+        sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
+        lines = [line for line in read_metrics(self.run_dir / "metrics.jsonl") if first < line["update"] <= self.update]
+        values = [line[name] for line in lines if name in line]
+        if values:
+            mark_best(self.run_dir, folder, self.config.checkpointing.best, sign * float(np.mean(values)))
+
+
+def _in_order(played: Sequence[Played], count: int) -> Rollouts:
+    """Every episode once, in its place.
+
+    Raises:
+        RuntimeError: one is there twice, or missing.
+    """
+    places = [place for unit in played for place in unit.places]
+    if sorted(places) != list(range(count)):
+        raise RuntimeError(f"{count} episodes were asked for and {len(places)} came, {len(set(places))} different ones")
+    episodes = {place: e for unit in played for place, e in zip(unit.places, unit.episodes, strict=True)}
+    scores = {place: s for unit in played for place, s in zip(unit.places, unit.scores, strict=True)}
+    figures: dict[str, float] = {}
+    for unit in played:
+        for name, value in unit.figures.items():
+            figures[name] = figures.get(name, 0.0) + value
+    for name in [name for name in figures if name.endswith("/latency")]:  # a mean, the others are counts
+        figures[name] /= sum(name in unit.figures for unit in played)
+    order = range(count)
+    return Rollouts([episodes[i] for i in order], [scores[i] for i in order], figures, {})
 
 
 def _by_axis(result: AdvantageResult) -> dict[str, float]:
@@ -354,7 +319,7 @@ def _by_axis(result: AdvantageResult) -> dict[str, float]:
 
 def _flat(config: Config) -> dict[str, str | int | float | bool]:
     scalars = {key: value for key, value in vars(config).items() if isinstance(value, str | int | float | bool)}
-    for name in ("trainer", "optimiser", "sampling", "context"):
+    for name in ("trainer", "optimiser", "sampling", "context", "cluster"):
         part = vars(getattr(config, name))
         scalars.update({f"{name}.{k}": v for k, v in part.items() if isinstance(v, str | int | float | bool)})
     return scalars
@@ -362,24 +327,24 @@ def _flat(config: Config) -> dict[str, str | int | float | bool]:
 
 def _line(update: int, updates: int, metrics: dict[str, float]) -> str:
     axes = "  ".join(f"{key.split('/')[1]} {value:+.2f}" for key, value in metrics.items() if key.startswith("reward/"))
+    known = [stage for stage in ("rollout", "update", "sync") if f"time/{stage}" in metrics]
+    stages = "  ".join(f"{stage} {metrics[f'time/{stage}']:.1f}" for stage in known)
+    busy = f"  busy {metrics['time/utilisation_rollout']:.0%}" if "time/utilisation_rollout" in metrics else ""
     return (
         f"update {update}/{updates}  {axes}  KL {metrics['kl']:.4f}  "
-        f"{metrics['audio_seconds_per_second']:.0f} audio-s/s"
+        f"{metrics['audio_seconds_per_second']:.0f} audio-s/s  {stages} s{busy}"
     )
 
 
-def make_console() -> Console:
-    """The terminal as it is; where there is none (a log file), wide enough for the table."""
-    return Console() if sys.stdout.isatty() else Console(width=130)
-
-
 @contextmanager
-def progress(console: Console, label: str, total: float) -> Iterator:
-    """A progress bar; gives a function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+def running(config: Config, inputs: Inputs, run_dir: Path, console: Console) -> Iterator[Trainer]:
+    """A trainer that hears Ctrl-C and SIGTERM while this lasts, and whose processes end with it."""
+    trainer = Trainer(config, inputs, run_dir, console)
+    try:
+        with stop_requests() as trainer.stopped:
+            yield trainer
+    finally:
+        trainer.cluster.close()
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -388,35 +353,46 @@ def train(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError: what the user can fix, before the model is loaded wherever that can be known.
         NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
+        ClusterError: too many processes died or hung.
     """
     console = console or make_console()
     with console.status("checking recordings and configuration"):
         inputs = load_inputs(config)
     run_dir = prepare_run_dir(config)
-    trainer = Trainer(config, inputs, run_dir, console)
-    before_path = run_dir / "evaluation" / "before.json"
-    if config.resume and before_path.is_file():
-        before = read_results(before_path)
-    elif trainer.update == 0:
-        if last_checkpoint(run_dir) is None:
-            trainer.save()  # whatever stops the run from here on, it can go on
-        before = take_before(config, run_dir) if config.evaluation.before is not None else trainer.evaluate("before")
-    else:
-        raise InputError(f"{before_path} is missing and update {trainer.update} is past it: start without resume=true")
-    if trainer.run():
-        report = build_report(run_dir)
+    with running(config, inputs, run_dir, console) as trainer:
+        try:
+            before, after = _evaluated(trainer)
+        except StoppedError:
+            console.print(f"stopped after update {trainer.update} of {run_dir}: go on with resume=true")
+            return run_dir
+    report = build_report(run_dir)
+    if after is None:
         console.print(
             f"stopped after update {trainer.update}: checkpoint in {run_dir / 'checkpoints'}, report in {report}; "
             "go on with resume=true"
         )
         return run_dir
-    after = trainer.evaluate("after")
-    report = build_report(run_dir)
     console.print(format_table(before, after))
     if inputs.held_out_is_training:
         console.print("measured on the training segments: give evaluation.segments for held-out ones")
     console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}")
     return run_dir
+
+
+def _evaluated(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The run between its two evaluations, and what they gave; None after a signal during the updates."""
+    run_dir = trainer.run_dir
+    path = run_dir / "evaluation" / "before.json"
+    if trainer.config.resume and path.is_file():
+        before = read_results(path)
+    elif trainer.update == 0:
+        if last_checkpoint(run_dir) is None:
+            trainer.save()  # whatever stops the run from here on, it can go on
+        known = trainer.config.evaluation.before is not None
+        before = take_before(trainer.config, run_dir) if known else trainer.evaluate("before")
+    else:
+        raise InputError(f"{path} is missing and update {trainer.update} is past it: start without resume=true")
+    return before, None if trainer.run() else trainer.evaluate("after")
 
 
 def evaluate(config: Config, console: Console | None = None) -> Path:
@@ -431,9 +407,13 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
     with console.status("checking recordings and configuration"):
         inputs = load_inputs(config)
     run_dir = prepare_run_dir(config)
-    trainer = Trainer(config, inputs, run_dir, console)
-    name = f"step_{trainer.update:06d}" if config.resume else "before"
-    console.print(format_table(trainer.evaluate(name), None))
+    with running(config, inputs, run_dir, console) as trainer:
+        name = f"step_{trainer.update:06d}" if config.resume else "before"
+        try:
+            results = trainer.evaluate(name)
+        except StoppedError:
+            raise KeyboardInterrupt from None
+    console.print(format_table(results, None))
     path = run_dir / "evaluation" / f"{name}.json"
     console.print(f"wrote {path}")
     return path

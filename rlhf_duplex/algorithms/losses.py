@@ -39,7 +39,8 @@ def truncated_weights(
 
     Truncated importance sampling: the policy that acts in bfloat16, frame by frame, is not quite the one that is
     trained in whole sequences (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training",
-    2025; the cap is after Ionides, 2008).
+    2025; the cap is after Ionides, 2008), and with rollouts one step ahead it is an update older (arXiv 2505.24298,
+    section 5.2, where the policy that the update begins with is called proximal).
 
     Args:
         log_probs: `(B, T)` of the tokens under the policy as it is trained, before the update.

@@ -23,6 +23,18 @@ from rlhf_duplex.rollout import episode_seed, rollout
 Scores = Mapping[str, Score | None]
 
 
+def suite_episodes(
+    segments: Sequence[Segment], samples: int = 1, seed: int = 1
+) -> tuple[list[Segment], list[int], list[float]]:
+    """What the suite plays: `samples` episodes of every segment, without context, as segments, seeds and contexts.
+
+    A segment's episodes depend on (seed, place in the suite, sample) alone, so that two policies meet the same draws.
+    """
+    chosen = [segment for segment in segments for _ in range(samples)]
+    seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
+    return chosen, seeds, [0.0] * len(chosen)
+
+
 def play_suite(
     policy: MoshiPolicy,
     env: DuplexDialogueVectorEnv,
@@ -33,13 +45,8 @@ def play_suite(
     batch_size: int = 256,
     on_frame: Callable[[int], None] | None = None,
 ) -> tuple[list[Episode], list[Scores]]:
-    """`samples` episodes of every segment, without context, and what each axis says of them.
-
-    A segment's episodes depend on (seed, place in the suite, sample) alone, so that two policies meet the same draws.
-    """
-    chosen = [segment for segment in segments for _ in range(samples)]
-    seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
-    contexts = [0.0] * len(chosen)
+    """The episodes of `suite_episodes`, and what each axis says of them."""
+    chosen, seeds, contexts = suite_episodes(segments, samples, seed)
     scores = EarlyScores(reward_function)
     episodes = rollout(
         policy, env, chosen, seeds, contexts, batch_size=batch_size, on_frame=on_frame, on_batch=scores.add
@@ -60,17 +67,31 @@ def evaluate_policy(
     on_frame: Callable[[int], None] | None = None,
     recorded: Sequence[Segment] = (),
 ) -> dict[str, Any]:
-    """Play the suite; writes `evaluation/NAME.json` (with `extra` in it) and the episodes that the report shows.
-
-    `recorded` are segments whose agents' words are held to be words, see `segment_values`.
-    """
+    """Play the suite, and `record_suite`."""
     episodes, scores = play_suite(
         policy, env, reward_function, segments, evaluation.samples, evaluation.seed, batch_size, on_frame
     )
-    folder = run_dir / "evaluation"
     figures = reward_function.metrics()
+    return record_suite(run_dir, name, episodes, scores, evaluation, figures, extra, recorded)
+
+
+def record_suite(
+    run_dir: Path,
+    name: str,
+    episodes: Sequence[Episode],
+    scores: Sequence[Scores],
+    evaluation: EvaluationConfig,
+    figures: Mapping[str, float],
+    extra: Mapping[str, Any],
+    recorded: Sequence[Segment] = (),
+) -> dict[str, Any]:
+    """Write `evaluation/NAME.json` (with `extra` in it) and the episodes that the report shows.
+
+    `recorded` are segments whose agents' words are held to be words, see `segment_values`.
+    """
+    folder = run_dir / "evaluation"
     extra = {**extra, "samples": evaluation.samples, "timing": backchannel_timing(episodes)}
-    extra |= {"figures": figures} if figures else {}
+    extra |= {"figures": dict(figures)} if figures else {}
     save_examples(folder / name, episodes, scores, evaluation.episodes)
     # Last: where this file is, the evaluation is whole.
     return write_results(folder / f"{name}.json", segment_values(episodes, scores, recorded), extra)

@@ -186,15 +186,18 @@ def _peft_layers(lm: nn.Module) -> list[Any]:
     return [lm.get_submodule(name.split(".base_layer.")[0]) for name in names]
 
 
-def merged_weights(lm: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the plain model that acts as this one does; without adapters, its own."""
+def merged_weights(lm: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The weights of the plain model that acts as this one does; without adapters, its own.
+
+    `weights`: of this model, where they are not those in memory (shards gathered).
+    """
     scaling = 0.0
     for module in lm.modules():
         if isinstance(module, LoRALinear):
             scaling = module.scaling
     for layer in _peft_layers(lm):
         scaling = layer.scaling["default"]
-    return merge_weights(lm.state_dict(), scaling)
+    return merge_weights(lm.state_dict() if weights is None else weights, scaling)
 
 
 def merge_weights(weights: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:

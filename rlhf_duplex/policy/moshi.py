@@ -5,7 +5,7 @@ vocabulary. Frame n of an episode is step n of `moshi`'s own `LMGen`: the user's
 depth transformer's codes come out, and what is complete by then (frame n - max_delay) is what is heard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -307,6 +307,10 @@ class MoshiPolicy:
     def depth_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the depth transformer is given of `text_hidden`, `(..., D)` to `(..., D')`, its steps side by side."""
         return torch.cat([project(hidden) for project in self.lm.depformer_in], dim=-1)
+
+    def whole(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a function with all of the model's weights at hand (they are; `rlhf_duplex.parallel` may cut them)."""
+        return function(*inputs)
 
     def evaluate_actions(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the text tokens of whole episodes, under the same transform as when acting.

@@ -7,6 +7,7 @@ frames that no loss is about get none.
 Shapes: `B` episodes, `T` frames, `K` streams, `V` text vocabulary, `n` frames of any episodes, `D` width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class TextScores:
         entropy: in nats, without gradient.
         drift: squared distance between what the depth transformer is given and what the reference gives it, as a share
             of the latter's square; 0 unless asked for.
+        values: of a value function, before the frame's token was drawn; 0 without one.
     """
 
     tokens: torch.Tensor
@@ -39,6 +41,7 @@ class TextScores:
     kl: torch.Tensor
     entropy: torch.Tensor
     drift: torch.Tensor
+    values: torch.Tensor
 
 
 def score_text(
@@ -48,6 +51,7 @@ def score_text(
     reference: MoshiPolicy | None = None,
     objective: Objective | None = None,
     drift: bool = False,
+    critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     at_once: int = LOGITS_AT_ONCE,
 ) -> TextScores:
     """Score whole episodes, teacher-forced, under the transform that the policy samples with.
@@ -59,8 +63,29 @@ def score_text(
         reference: without gradient.
         objective: of `done`; None: the token.
         drift: compute it (needs a reference).
+        critic: gives values `(n,)` of hidden states `(n, D)`.
         at_once: logits held at a time, at most.
     """
+
+    def found() -> torch.Tensor:
+        return _score_frames(policy, codes, mask, reference, objective, drift, critic, at_once)
+
+    # Where weights are cut over processes, all of both models' are needed at the same time.
+    rows = policy.whole(found if reference is None else lambda: reference.whole(found))
+    return TextScores(*torch.zeros(6, *mask.shape, device=codes.device).masked_scatter(mask, rows))
+
+
+def _score_frames(
+    policy: MoshiPolicy,
+    codes: torch.Tensor,
+    mask: torch.Tensor,
+    reference: MoshiPolicy | None,
+    objective: Objective | None,
+    drift: bool,
+    critic: Callable[[torch.Tensor], torch.Tensor] | None,
+    at_once: int,
+) -> torch.Tensor:
+    """`(6, n)` float32 in the order of `TextScores`."""
     text = codes[:, 0].clamp(min=0)[mask]
     goal = objective or Objective()
     onsets = goal.onsets(codes[:, 0])[mask]
@@ -101,12 +126,13 @@ def score_text(
             found.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             found.append(part(*arguments))
-    values = torch.cat(found, dim=1) if found else hidden.new_zeros(4, 0)
-    moved = values.new_zeros(1, values.shape[1])
+    scores = torch.cat(found, dim=1) if found else hidden.new_zeros(4, 0)
+    moved = values = scores.new_zeros(1, scores.shape[1])
     if drift and reference is not None and others is not None:
         moved = _drift(policy.depth_inputs(hidden), reference.depth_inputs(others).detach())[None]
-    values = torch.cat([values.float(), moved.float()])
-    return TextScores(*torch.zeros(5, *mask.shape, device=codes.device).masked_scatter(mask, values))
+    if critic is not None:
+        values = critic(hidden)[None]
+    return torch.cat([scores.float(), moved.float(), values.float()])
 
 
 def _drift(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,10 @@ class PlainTransformer:
 
     def __init__(self, transformer: StreamingTransformer, positions: int, batch: int = 0) -> None:
         self._transformer = transformer
-        self._layers = [_Layer(layer, positions, batch) for layer in transformer.layers]
+        self._layers = [
+            _GatheredLayer(layer, positions) if hasattr(layer, "gathered") else _Layer(layer, positions, batch)
+            for layer in transformer.layers
+        ]
         kind = transformer.positional_embedding
         weight = next(transformer.parameters())
         attention = transformer.layers[0].self_attn
@@ -169,6 +172,16 @@ class _Layer:
     def _repeated(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         repeat = self._heads // self._kept
         return (keys, values) if repeat == 1 else (expand_repeated_kv(keys, repeat), expand_repeated_kv(values, repeat))
+
+
+class _GatheredLayer(_Layer):
+    """A layer whose weights are cut over several processes (`rlhf_duplex.parallel`): whole only while it runs."""
+
+    def __init__(self, layer: StreamingTransformerLayer, positions: int) -> None:
+        self._cut, self._positions = layer, positions
+
+    def whole(self, signal: torch.Tensor, rotation: "_Rotation | None", keep: bool = False) -> torch.Tensor:
+        return self._cut.gathered(lambda inputs: _Layer(self._cut, self._positions, 0).whole(inputs, rotation), signal)
 
 
 class _Rotation:

@@ -110,7 +110,7 @@ def test_a_run_goes_on_without_its_judge_and_writes_no_key(tmp_path, monkeypatch
 def test_what_is_wrong_with_a_judge_is_one_line_before_the_model_is_loaded(
     options, message, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("rlhf_duplex.trainer.load_bundle", None)  # would fail, were it called
+    monkeypatch.setattr("rlhf_duplex.cluster.roles.load_bundle", None)  # would fail, were it called
     with JudgeServer() as server:
         base = [f"run_dir={tmp_path}/run", f"rewards.content.judge.base_url={server.base_url}"]
         assert main(["train", *base, f"rewards.content.judge.model={MODEL}", *options]) == 2

@@ -1,0 +1,1 @@
+"""Who does the work of a run: in the process itself, or rollout workers and learners on Ray."""

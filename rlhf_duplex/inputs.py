@@ -1,0 +1,107 @@
+"""What a run works on: manifests, audio, reward axes and detector, checked before a model is loaded."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from envs.audio import audio_info
+from envs.errors import InputError
+from envs.events import complete_events
+from envs.segments import Segment, read_manifest
+from envs.speech import SpeechDetector, make_detector
+from rewards.aggregate import RewardFunction, RewardSpec
+from rlhf_duplex.config import Config
+from rlhf_duplex.evaluation.metrics import read_results
+from rlhf_duplex.policy.bundle import check_bundle, find_bundle, local_info
+from rlhf_duplex.policy.prompt import check_prompt
+from rlhf_duplex.tracking import check_trackers
+
+NANO_DATA = Path(__file__).parent / "nano_data"
+
+
+@dataclass
+class Inputs:
+    """What a run works on, checked."""
+
+    segments: list[Segment]
+    trained: list[Segment]  # those of `segments` that are trained on
+    held_out: list[Segment]
+    held_out_is_training: bool
+    reward_function: RewardFunction
+    detector: SpeechDetector
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Manifests, audio, reward axes and detector, each held against what is wrong with it, with no model loaded.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check_machine(config)
+    check_prompt(config.prompt)
+    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
+    reward_function = RewardFunction(specs)
+    detector = make_detector(config.detector.name, **config.detector.options)
+    segments = load_segments(config.segments, "train", detector)
+    evaluation = config.evaluation.segments
+    if evaluation is None and config.segments == "nano":
+        evaluation = "nano"
+    held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
+    held_out = first_of_each(held_out, config.evaluation.limit)
+    if config.evaluation.before is not None:
+        read_results(Path(config.evaluation.before))
+    missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
+    if missing:
+        raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
+    trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
+    reward_function.prepare([*segments, *held_out])
+    return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
+
+
+def check_machine(config: Any) -> None:
+    """Device, trackers and the checkpoint's file headers.
+
+    Raises:
+        InputError: the first that cannot be used.
+    """
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device '{config.device}' cannot be used ({first}): choose another") from error
+    check_trackers(config.trackers)
+    folder = find_bundle(config.checkpoint)
+    if folder is not None:
+        check_bundle(local_info(folder))
+
+
+def first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
+    """The first `limit` segments of every axis (0: all)."""
+    seen: dict[str, int] = {}
+    kept = []
+    for segment in segments:
+        seen[segment.axis] = seen.get(segment.axis, 0) + 1
+        if not limit or seen[segment.axis] <= limit:
+            kept.append(segment)
+    return kept
+
+
+def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
+    """A manifest, or the `part` (`train`, `heldout`) of nano's, with its audio read once and its events completed.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
+    segments = read_manifest(path)
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+        list(pool.map(_check_audio, segments))
+    return complete_events(segments, detector)
+
+
+def _check_audio(segment: Segment) -> None:
+    """Read what the header cannot tell: truncated files, NaN samples."""
+    segment.user_audio(audio_info(segment.recording)[0])

@@ -1,0 +1,87 @@
+"""The run folder, and what a run shows and hears at the terminal: progress, and the wish to stop."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from envs.errors import InputError
+from rlhf_duplex.config import check_resumed, to_yaml
+from rlhf_duplex.policy.bundle import find_bundle
+
+
+def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
+    """The run folder, made and writable, with the resolved configuration in it.
+
+    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is
+    not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+
+    Raises:
+        InputError: it cannot be written, or the run to resume had another configuration.
+    """
+    run_dir = Path(config.run_dir)
+    folder = find_bundle(config.checkpoint)
+    if folder is not None and not config.resume and folder.resolve().is_relative_to(run_dir.resolve()):
+        raise InputError(f"checkpoint {folder} lies in the run folder {run_dir}: choose another with run_dir=...")
+    try:
+        known = ("metrics.jsonl", "evaluation", "checkpoints")
+        if not config.resume and any((run_dir / name).exists() for name in known):
+            number = 1
+            while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+                number += 1
+            os.rename(run_dir, old)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+        if config.resume:
+            check(config, run_dir / "config.yaml")
+        temporary = run_dir / f".config.{os.getpid()}"
+        temporary.write_text(to_yaml(config))
+        os.replace(temporary, run_dir / "config.yaml")
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
+        ) from error
+    return run_dir
+
+
+class StoppedError(Exception):
+    """A signal asked for an end, and what was under way is begun anew when the run goes on."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM: the loop ends after the update that is under way, with a checkpoint."""
+    received: list[int] = []
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            old[number] = signal.signal(number, lambda n, _: received.append(n))
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def make_console() -> Console:
+    """The terminal as it is; where there is none (a log file), wide enough for the table."""
+    return Console() if sys.stdout.isatty() else Console(width=130)
+
+
+@contextmanager
+def progress(console: Console, label: str, total: float) -> Iterator:
+    """A progress bar; gives a function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,250 @@
+"""What a training run would take: memory a GPU by part, placement, and seconds a step; no weight is read.
+
+Sizes are counted on the meta device from the model's real configuration, activations with the learner's own loss. Not
+in it: what the allocator loses, communication buffers, Mimi's activations, and the suite before and after. Seconds are
+those of `rlhf_duplex.step_model`, for the machine that `dry_run` describes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.models.loaders import get_mimi
+from rich.console import Console
+from rich.table import Table
+
+from envs.segments import read_manifest
+from rlhf_duplex.config import Config
+from rlhf_duplex.dry_run import FRAME_RATE, GIB, count_memory, gathered_bytes, meta_model, model_config, saved_bytes
+from rlhf_duplex.inputs import NANO_DATA
+from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.policy.bundle import find_bundle, local_info
+from rlhf_duplex.policy.lora import add_lora
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import Sampling
+from rlhf_duplex.run_folder import make_console
+from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who is where.
+
+    Attributes:
+        workers, learners: processes of each role; colocated: whether they are the same.
+        episodes: that one worker plays at once; rounds: how often it does so in an update.
+        microbatches: that one learner computes in a pass.
+    """
+
+    workers: int
+    learners: int
+    colocated: bool
+    episodes: int
+    rounds: int
+    microbatches: int
+
+
+def make_plan(config: Config) -> Plan:
+    """The placement that a configuration asks for."""
+    cluster, trainer = config.cluster, config.trainer
+    workers = max(1, cluster.workers)
+    colocated = cluster.workers == 0 or cluster.placement == "colocated"
+    learners = workers if colocated else cluster.learners
+    total = trainer.groups * trainer.group_size
+    share = -(-total // workers)
+    episodes = min(share, config.rollout.batch_size)
+    a_minibatch = -(-min(trainer.minibatch, total) // trainer.microbatch)
+    steps = -(-total // trainer.minibatch)
+    return Plan(workers, learners, colocated, episodes, -(-share // episodes), steps * -(-a_minibatch // learners))
+
+
+def dry_run_training(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Print what a run would take; gives the figures (bytes, seconds).
+
+    Raises:
+        InputError: what is wrong with the checkpoint's configuration or the manifest.
+    """
+    console = console or make_console()
+    plan, cluster, trainer = make_plan(config), config.cluster, config.trainer
+    arguments, source = model_config(config.checkpoint)
+    half = cluster.mixed_precision == "bfloat16"
+    lm = meta_model(arguments, _TYPES[config.dtype])
+    learner = _meta_learner(config, lm)
+    frames, counted = _frames(config)
+    cut = cluster.strategy == "fsdp"
+    parts = {name: part.total for name, part in count_memory(lm, plan.learners, cut).items()}
+    of_learner = {f"{name} (weights, gradients, optimiser)": size for name, size in parts.items()}
+    of_learner["reference"] = _reference_bytes(learner, plan.learners, cut)
+    if learner.critic is not None:
+        of_learner["value head"] = 4 * sum(p.nbytes for p in learner.critic.parameters.values())
+    if cut and plan.learners > 1:
+        of_learner["gathered weights"] = gathered_bytes(lm, 2 if half else lm.text_linear.weight.element_size())
+    of_learner["activations"] = _activations(
+        config, arguments, frames, torch.bfloat16 if half else _TYPES[config.dtype]
+    )
+    own_copy = not plan.colocated or cut
+    acting = _TYPES[cluster.rollout_dtype or config.dtype]
+    of_worker = {"policy that acts": sum(p.numel() for p in lm.parameters()) * acting.itemsize if own_copy else 0}
+    cache = _cache_bytes(lm, acting)
+    of_worker[f"keys and values of {plan.episodes} episodes"] = plan.episodes * frames * cache
+    of_worker["Mimi"] = _mimi_bytes(config)
+    total_learner, total_worker = sum(of_learner.values()), sum(of_worker.values())
+    totals = [total_learner + total_worker] if plan.colocated else [total_learner, total_worker]
+    seconds = _seconds(config, plan, lm, learner, frames, acting)
+    count = plan.workers if plan.colocated else plan.workers + plan.learners
+    console.print(f"checkpoint {config.checkpoint}: {source}")
+    console.print(_placement(config, plan, count))
+    for title, rows in (("learner", of_learner), ("rollout worker", of_worker)):
+        table = Table(title=f"GiB on the GPU of a {title}", title_justify="left")
+        table.add_column("part")
+        table.add_column("GiB", justify="right")
+        for name, size in rows.items():
+            table.add_row(name, f"{size / GIB:.2f}")
+        table.add_section()
+        table.add_row("all", f"{sum(rows.values()) / GIB:.2f}")
+        console.print(table)
+    console.print(
+        f"a step of {trainer.groups * trainer.group_size} episodes of {frames} frames ({counted}): "
+        + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    )
+    limit = config.dry_run.gpu_gib
+    fits = max(totals) / GIB <= limit
+    console.print(
+        f"dry run: the configuration holds; {max(totals) / GIB:.1f} GiB on the fullest of {count} GPUs "
+        f"{'fits' if fits else '[red]does not fit[/red]'} {limit:g} GiB; {trainer.updates} updates take "
+        f"{trainer.updates * seconds['all'] / 3600:.1f} h; nothing was loaded or written"
+    )
+    return {
+        "learner": of_learner,
+        "worker": of_worker,
+        "totals": totals,
+        "seconds": seconds,
+        "plan": plan,
+        "fits": fits,
+    }
+
+
+def _meta_learner(config: Config, lm: LMModel) -> Learner:
+    """The learner of a run with shapes and no storage: what is trained and what is shared as it will be."""
+    if config.lora.rank:
+        add_lora(lm, seed=config.seed, **vars(config.lora))
+    lm.transformer.checkpointing = config.trainer.gradient_checkpointing
+    with torch.device("meta"):
+        policy = MoshiPolicy(lm, Sampling(**vars(config.sampling)))
+        return Learner(policy, config.trainer, config.optimiser, config.seed, config.ppo)
+
+
+def _reference_bytes(learner: Learner, learners: int, cut: bool) -> int:
+    """The reference's own weights: with full sharding all of them, else those that the policy trains."""
+    shared = set() if cut else {id(p) for p in learner.policy.lm.parameters()}
+    own = sum(p.nbytes for p in learner.reference.lm.parameters() if id(p) not in shared)
+    return own // (learners if cut else 1)
+
+
+def _activations(config: Config, arguments: Any, frames: int, computed: torch.dtype) -> int:
+    """What the backward pass of a microbatch keeps, and the gradient of its logits."""
+    lm = meta_model(arguments, computed)
+    learner = _meta_learner(config, lm)
+    rows = config.trainer.microbatch
+    # With activation checkpointing it is one layer at a time, and every layer's input.
+    with torch.device("meta"):
+        batch = Batch(
+            torch.zeros(rows, 1 + lm.n_q, frames, dtype=torch.long),
+            torch.zeros(rows, frames),
+            torch.ones(rows, frames, dtype=torch.bool),
+            torch.zeros(rows, frames),
+            torch.zeros(rows, frames),
+            torch.zeros(rows, frames),
+        )
+        kept = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
+        if lm.transformer.checkpointing:
+            lm.transformer.checkpointing = False
+            whole = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
+            layers = len(lm.transformer.layers)
+            inputs = layers * rows * frames * lm.dim * lm.text_linear.weight.element_size()
+            kept += inputs + (whole - kept) // layers
+    return kept + 4 * rows * frames * lm.text_card
+
+
+def _cache_bytes(lm: LMModel, dtype: torch.dtype) -> int:
+    """Keys and values of one frame of one episode in the temporal transformer."""
+    attention = lm.transformer.layers[0].self_attn
+    width = attention.embed_dim // attention.kv_repeat
+    return 2 * len(lm.transformer.layers) * width * dtype.itemsize
+
+
+def _mimi_bytes(config: Config) -> int:
+    folder = find_bundle(config.checkpoint)
+    with torch.device("meta"):
+        mimi = get_mimi(None, local_info(folder).mimi_config if folder is not None else None, device="meta")
+    return sum(4 * p.numel() for p in mimi.parameters())
+
+
+def _frames(config: Config) -> tuple[int, str]:
+    """Frames of the longest episode, and where that was learned."""
+    path = NANO_DATA / "train" / "segments.jsonl" if config.segments == "nano" else Path(config.segments)
+    if not path.is_file():
+        return round(config.dry_run.seconds * FRAME_RATE), f"{config.dry_run.seconds:g} s are assumed"
+    longest = max(segment.duration for segment in read_manifest(path))
+    context = config.context.max_seconds if config.context.probability > 0 else 0.0
+    seconds = longest + config.context.lead_in + context
+    return round(seconds * FRAME_RATE), f"the longest segment of {path}, with lead-in and context"
+
+
+def _seconds(
+    config: Config, plan: Plan, lm: LMModel, learner: Learner, frames: int, acting: torch.dtype
+) -> dict[str, float]:
+    known, cluster, trainer = config.dry_run, config.cluster, config.trainer
+    machine = Machine(known.bandwidth, known.flops, near=known.near, far=known.far, node=known.node)
+    sizes: dict[str, int] = {"temporal": 0, "depth": 0, "embeddings": 0, "lora": 0}
+    for name, part in count_memory(lm, 1, False).items():
+        sizes[name] = part.parameters
+    trained = sum(p.numel() for p in learner.parameters.values())
+    computed = 2 if cluster.mixed_precision == "bfloat16" or config.dtype == "bfloat16" else 4
+    size = Size(
+        sizes["temporal"] + sizes["lora"],
+        sizes["depth"],
+        trained,
+        (sizes["temporal"] + sizes["lora"] + sizes["depth"]) * acting.itemsize,
+        _cache_bytes(lm, acting),
+        trained * acting.itemsize,
+        sum(p.numel() for p in lm.parameters()) * computed,
+    )
+    cut = cluster.strategy == "fsdp"
+    before = int(learner.critic is not None or trainer.ahead or trainer.objective != "tokens")
+    total = trainer.groups * trainer.group_size
+    computing, moving = update_seconds(
+        size,
+        machine,
+        total * frames,
+        plan.learners,
+        trainer.passes,
+        before,
+        config.trainer.gradient_checkpointing,
+        cut,
+        plan.microbatches,
+        -(-total // trainer.minibatch),
+    )
+    how = "shared" if plan.colocated and not cut else "broadcast" if plan.colocated else cluster.weights
+    found = {
+        "rollout": plan.rounds * rollout_seconds(size, machine, plan.episodes, frames),
+        "update": computing + moving,
+        "sync": sync_seconds(size, machine, plan.workers, how),
+    }
+    beside = trainer.ahead  # rollouts and update at the same time
+    whole = max(found["rollout"], found["update"]) if beside else found["rollout"] + found["update"]
+    return {**found, "all": whole + found["sync"]}
+
+
+def _placement(config: Config, plan: Plan, count: int) -> str:
+    nodes = -(-count // config.dry_run.node)
+    where = f"{count} GPU{'s' if count > 1 else ''} ({nodes} node{'s' if nodes > 1 else ''} of {config.dry_run.node})"
+    how = {"ddp": "all weights on each", "fsdp": f"weights cut over {plan.learners}"}[config.cluster.strategy]
+    play = f"{plan.episodes} episodes at once" + (f", {plan.rounds} times" if plan.rounds > 1 else "")
+    if plan.colocated:
+        return f"placement: {where}, each a rollout worker ({play}), then a learner ({how})"
+    return f"placement: {where}: {plan.workers} rollout workers ({play} each), {plan.learners} learners ({how})"

@@ -1,0 +1,88 @@
+"""The dry run of `train` and the model of the step, worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf_duplex.cli import main
+from rlhf_duplex.config import load_config
+from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
+from rlhf_duplex.train_dry_run import dry_run_training, make_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZE = Size(temporal=1000, depth=100, trained=500, read_bytes=2000, cache_bytes=10, sync_bytes=800, gathered_bytes=2200)
+MACHINE = Machine(
+    bandwidth=1000.0,
+    flops=1e6,
+    read_share=0.5,
+    compute_share=0.5,
+    frame_overhead=0.25,
+    near=400.0,
+    far=100.0,
+    node=4,
+)
+
+
+def test_a_rollout_by_hand():
+    # 3 frames read 3 * 2000 bytes of weights and 2 * 10 * (1 + 2 + 3) of keys and values, at 500 a second; 0.75 beside.
+    assert rollout_seconds(SIZE, MACHINE, 2, 3) == pytest.approx((6000 + 120) / 500 + 0.75)
+    # So many episodes that products take longer than reading: 2 * 1100 * 5000 * 3 at 500,000 a second.
+    assert rollout_seconds(SIZE, MACHINE, 5000, 3) == pytest.approx(2 * 1100 * 15000 / 5e5 + 0.75)
+
+
+def test_an_update_by_hand():
+    # Forward 2, reference 2, backward 2 + 2 * 500 / 1000 for half the weights: 7 operations a weight and token.
+    assert update_seconds(SIZE, MACHINE, 100, 1) == (pytest.approx(7 * 1000 * 100 / 5e5), 0.0)
+    computing, moving = update_seconds(SIZE, MACHINE, 100, 4, passes=2, forwards_before=1, recompute=True, steps=3)
+    assert computing == pytest.approx((2 * 9 + 2) * 1000 * 100 / 4 / 5e5)
+    assert moving == pytest.approx(2 * 3 * 2 * 4 * 500 * 3 / 4 / 400)  # an all-reduce of float32 a step, within a node
+    _, hidden = update_seconds(SIZE, MACHINE, 100, 8, sharded=True, microbatches=2)
+    moved = 2 * (3 * 2200 + 4 * 500) * 7 / 8 / 100  # between nodes, beside 7 * 1000 * 100 / 8 / 5e5 of computing
+    assert hidden == pytest.approx(moved - 0.175)
+
+
+def test_weights_on_their_way_by_hand():
+    assert sync_seconds(SIZE, MACHINE, 8, "shared") == 0.0
+    assert sync_seconds(SIZE, MACHINE, 8, "broadcast") == pytest.approx(800 / 100 + 800 / 400)
+    assert sync_seconds(SIZE, MACHINE, 8, "object_store") == pytest.approx(2 * 800 / 100 + 4 * 800 / 400)
+
+
+def test_placement():
+    plan = make_plan(load_config(None, ["cluster.workers=3", "cluster.learners=2", "rollout.batch_size=50"]))
+    # 12 groups of 16 on 3 workers: 64 episodes each, 50 at once; 3 minibatches of 64 in 8 microbatches, on 2 learners.
+    assert (plan.episodes, plan.rounds, plan.microbatches) == (50, 2, 12)
+    assert (plan.workers, plan.learners, plan.colocated) == (3, 2, False)
+
+
+def test_the_papers_run():
+    found = dry_run_training(load_config(CONFIGS / "moshi_7b_paper.yaml"), Console(quiet=True))
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11264 + 2 * 4096
+    temporal = 32 * layer + 32000 * 4096 + 4096
+    # float32 weight, gradient and two moments, cut over 32.
+    assert found["learner"]["temporal (weights, gradients, optimiser)"] == pytest.approx(temporal * 16 / 32, rel=1e-6)
+    assert found["worker"]["policy that acts"] > 2 * temporal  # bfloat16, whole, with the depth transformer
+    # 0.52 MB a frame and episode.
+    assert found["worker"]["keys and values of 16 episodes"] == 16 * 750 * 2 * 32 * 4096 * 2
+    assert found["plan"].microbatches == 16
+    assert found["fits"]
+    assert len(found["totals"]) == 1
+
+
+def test_adapters_on_one_gpu_share_the_weights():
+    found = dry_run_training(load_config(CONFIGS / "moshi_7b_lora_1gpu.yaml"), Console(quiet=True))
+    assert found["worker"]["policy that acts"] == 0
+    adapters = found["learner"]["lora (weights, gradients, optimiser)"]
+    assert found["learner"]["reference"] == adapters // 4  # its own adapters, and nothing else
+    assert found["fits"]
+    assert found["seconds"]["sync"] == 0.0
+
+
+def test_on_the_command_line(capsys):
+    assert main(["train", "--dry-run", "trainer.algorithm=ppo", "cluster.workers=2", "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2 rollout workers" in said
+    assert "value head" in said
+    assert "nothing was loaded or written" in " ".join(said.split())
+    assert main(["train", "--dry-run", "trainer.ahead=true"]) == 2
+    assert "trainer.ahead needs rollout workers" in capsys.readouterr().err
