@@ -8,6 +8,7 @@ The paper's interruption rating has the judge's score (`content`) beside it, whe
 import argparse
 from pathlib import Path
 
+from envs.errors import InputError
 from rlhf_duplex.report.comparison import effect_rows
 from rlhf_duplex.report.runs import Comparison, read_ablation
 
@@ -66,4 +67,7 @@ def sign_table(comparison: Comparison) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m experiments.ablations.signs", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the ablation")
-    print(sign_table(read_ablation(parser.parse_args().folder)))
+    try:
+        print(sign_table(read_ablation(parser.parse_args().folder)))
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """The command; gives its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.live",
         description="Base, trained by replay and trained live, compared in live dialogues, for some seeds.",
@@ -21,7 +23,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, nargs="*", default=[], help="run folders trained by replay, one a seed")
     parser.add_argument("--only-replay", action="store_true", help="train nothing live: base against replay alone")
     parser.add_argument("--tiny", action="store_true", help="two updates of a few episodes: does everything run?")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     from envs.errors import InputError
     from experiments.live.compare import run

@@ -1,15 +1,11 @@
 """The comparison of training by replay and live: its arithmetic by hand, and the whole of it tiny."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from experiments.live.__main__ import main
 from experiments.live.compare import comparisons
-
-ROOT = Path(__file__).parents[2]
 
 
 def result(**metrics):
@@ -37,11 +33,11 @@ def test_seeds_are_pooled_dialogue_by_dialogue():
 
 def test_the_whole_of_it_tiny(tmp_path):
     out = tmp_path / "live"
-    command = [sys.executable, "-m", "experiments.live", "--tiny", "--seeds", "0", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    assert main(["--tiny", "--seeds", "0", "--out", str(out)]) == 0
     record = json.loads((out / "live.json").read_text())
     assert record["dialogues"] == 2
     pairs = {(row["metric"], row["before"], row["after"]) for row in record["comparisons"]}
     assert ("seconds_lost", "replay", "live") in pairs
+    trained = {path.parents[1].name for path in out.glob("*-0/checkpoints/step_000001")}
+    assert trained == {"replay-0", "live-0"}
     assert {path.name for path in out.glob("*.json")} >= {"base.json", "replay-0.json", "live-0.json"}
