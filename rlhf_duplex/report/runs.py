@@ -97,9 +97,11 @@ def read_ablation(folder: Path) -> Comparison:
     """The trials of an ablation's folder.
 
     Raises:
-        InputError: a file in it is damaged.
+        InputError: it is no ablation's folder, or a file in it is damaged.
     """
     path = folder / "ablation.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no ablation's folder: it has no ablation.json")
     try:
         plan = json.loads(path.read_text())
         records = {row["name"]: _record(folder / "records" / f"{row['name']}.json") for row in plan["trials"]}
