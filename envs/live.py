@@ -82,13 +82,15 @@ class DuplexLiveVectorEnv(VectorEnv):
 
         Args:
             seed: of the choice of dialogues.
-            options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B). Other options of
-                `DuplexDialogueVectorEnv` (there is no context) are taken and not used.
+            options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `later`: give
+                `infos["later"]`, a function that gives the episodes, in place of episodes and rewards. There is no
+                context: that of `DuplexDialogueVectorEnv` is taken and not used.
 
         Raises:
             InputError: an id that is not there.
         """
         super().reset(seed=seed)
+        self._later = bool((options or {}).get("later"))
         wanted = (options or {}).get("segments")
         if wanted is None:
             wanted = [self.segments[i] for i in self.np_random.integers(len(self.segments), size=self.num_envs)]
@@ -118,8 +120,8 @@ class DuplexLiveVectorEnv(VectorEnv):
         infos: dict[str, Any] = {}
         if ended:
             episodes = self._finish()
-            infos["episodes"] = episodes
-            if self.reward_function is not None:
+            infos.update({"later": lambda: episodes} if self._later else {"episodes": episodes})
+            if self.reward_function is not None and not self._later:
                 scores = self.reward_function(episodes)
                 rewards = np.array([self.reward_function.total(row) for row in scores])
                 infos["rewards"] = [{axis: s.value for axis, s in row.items() if s is not None} for row in scores]

@@ -177,8 +177,9 @@ def merge_into(plain: LMModel, lm: LMModel) -> None:
 
 
 def is_fresh(lm: nn.Module) -> bool:
-    """Whether the adapters change nothing yet."""
-    return not any(bool(value.any()) for name, value in lm.named_parameters() if ".lora_B" in name)
+    """Whether the adapters change nothing yet (shapes without storage are taken for new)."""
+    known = [value for name, value in lm.named_parameters() if ".lora_B" in name and not value.is_meta]
+    return not any(bool(value.any()) for value in known)
 
 
 def _peft_layers(lm: nn.Module) -> list[Any]:
