@@ -1,5 +1,6 @@
 """Reading and writing audio: one channel of a recording, checked, at the sample rate that is asked for."""
 
+import math
 import os
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def read_audio(
     Args:
         path: any format that libsndfile reads, at any sample rate.
         channel: index of the channel, from 0.
-        sample_rate: Hz of the result; resampled with soxr (through librosa) where the file has another.
+        sample_rate: Hz of the result; resampled with soxr where the file has another.
         start, end: seconds in the recording; `end=None` reads to the end.
         channels: how many channels the file must at least have (2 for a dialogue).
 
@@ -79,12 +80,16 @@ def read_audio(
 
 
 def resample(audio: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """`(..., N)` float32 audio at another sample rate (soxr, high quality)."""
-    if source_rate == target_rate:
+    """`(..., N)` float32 audio at another rate (soxr, high quality): `(..., ceil(N * target_rate / source_rate))`."""
+    if source_rate == target_rate or not audio.size:
         return audio
-    import librosa  # heavy: only where it is needed
+    import soxr
 
-    return librosa.resample(audio, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq").astype(np.float32)
+    wanted = math.ceil(audio.shape[-1] * (target_rate / source_rate))
+    rows = [soxr.resample(row, source_rate, target_rate, quality="HQ") for row in audio.reshape(-1, audio.shape[-1])]
+    found = np.stack(rows)[:, :wanted]
+    found = np.pad(found, ((0, 0), (0, wanted - found.shape[1])))
+    return found.reshape(*audio.shape[:-1], wanted).astype(np.float32, copy=False)
 
 
 def write_audio(path: Path, audio: np.ndarray, sample_rate: int) -> None:

@@ -4,7 +4,7 @@ The spaces, the reward at the end and the episodes are those of `DuplexDialogueE
 replayed from a recording but played by a `LiveUser` (a script that listens, or a second policy).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -61,7 +61,7 @@ class DuplexLiveVectorEnv(VectorEnv):
         self.segments = list(dialogues)
         self.user, self.codec, self.detector = user, codec, detector
         self.reward_function = reward_function
-        self.lead_in_frames = frames_in(lead_in, codec.frame_rate)
+        self.lead_in, self.lead_in_frames = lead_in, frames_in(lead_in, codec.frame_rate)
         whole = self.lead_in_frames + frames_in(dialogues[0].duration, codec.frame_rate)
         self._length = min(whole, max_frames or whole)
         self._truncates = self._length < whole
@@ -82,9 +82,15 @@ class DuplexLiveVectorEnv(VectorEnv):
 
         Args:
             seed: of the choice of dialogues.
+<<<<<<< HEAD
             options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `later`: give
                 `infos["later"]`, a function that gives the episodes, in place of episodes and rewards. There is no
                 context: that of `DuplexDialogueVectorEnv` is taken and not used.
+=======
+            options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `later`: decode and
+                detect when `infos["later"]` of the last step is called (there are no rewards then), not in that step.
+                Other options of `DuplexDialogueVectorEnv` (there is no context) are taken and not used.
+>>>>>>> evaluate
 
         Raises:
             InputError: an id that is not there.
@@ -99,6 +105,7 @@ class DuplexLiveVectorEnv(VectorEnv):
             self._set_size(len(self._chosen))
         self._actions: list[torch.Tensor] = []
         self._frame = 0
+        self._later = bool((options or {}).get("later", False))
         self._observations = [self.user.begin(self._chosen)]
         frames = np.full(self.num_envs, self._length)
         return self._observations[0], {"segments": [s.id for s in self._chosen], "frames": frames}
@@ -118,10 +125,19 @@ class DuplexLiveVectorEnv(VectorEnv):
         ended = self._frame == self._length
         rewards: np.ndarray = np.zeros(self.num_envs)
         infos: dict[str, Any] = {}
+<<<<<<< HEAD
         if ended:
             episodes = self._finish()
             infos.update({"later": lambda: episodes} if self._later else {"episodes": episodes})
             if self.reward_function is not None and not self._later:
+=======
+        if ended and self._later:
+            infos["later"] = self._finisher()
+        elif ended:
+            episodes = self._finisher()()
+            infos["episodes"] = episodes
+            if self.reward_function is not None:
+>>>>>>> evaluate
                 scores = self.reward_function(episodes)
                 rewards = np.array([self.reward_function.total(row) for row in scores])
                 infos["rewards"] = [{axis: s.value for axis, s in row.items() if s is not None} for row in scores]
@@ -129,21 +145,26 @@ class DuplexLiveVectorEnv(VectorEnv):
         truncated: np.ndarray = np.full(self.num_envs, ended and self._truncates)
         return self._observations[-1], rewards, terminated, truncated, infos
 
-    def _finish(self) -> list[Episode]:
-        """Episodes with both sides' speech detected in the whole audio, as the rewards and metrics want it."""
+    def _finisher(self) -> Callable[[], list[Episode]]:
+        """What makes the episodes, both sides' speech detected in the whole audio, as the rewards and metrics want it.
+
+        It has all that it needs: other dialogues may have begun when it is called.
+        """
         codes = torch.stack(self._observations[: self._length], dim=-1)
-        samples = self._length * self.codec.frame_samples
-        sides = self.user.sides()
-        audio = [clip[:samples] for clip, _ in sides]
-        speech = self.detector.detect(audio, self.codec.sample_rate)
-        scored_from = self.lead_in_frames / self.codec.frame_rate
-        users = [
-            UserSide(segment, clip, row, intervals, scored_from)
-            for (_, segment), clip, row, intervals in zip(sides, audio, codes, speech, strict=True)
-        ]
+        sides = [(clip[: self._length * self.codec.frame_samples], segment) for clip, segment in self.user.sides()]
         actions = torch.stack(self._actions, dim=1)
         frames = [self._length] * self.num_envs
-        return finish_dialogues(users, actions, frames, self.codec, self.detector, self.seconds)
+
+        def finish() -> list[Episode]:
+            speech = self.detector.detect([clip for clip, _ in sides], self.codec.sample_rate)
+            scored_from = self.lead_in_frames / self.codec.frame_rate
+            users = [
+                UserSide(segment, clip, row, intervals, scored_from)
+                for (clip, segment), row, intervals in zip(sides, codes, speech, strict=True)
+            ]
+            return finish_dialogues(users, actions, frames, self.codec, self.detector, self.seconds)
+
+        return finish
 
 
 class DuplexLiveEnv(gymnasium.Env):

@@ -82,6 +82,7 @@ class DuplexDialogueVectorEnv(VectorEnv):
         self.context = context or ContextSchedule(probability=0.0)
         self.max_frames = max_frames
         self.user_sides = user_sides or UserSides(codec, detector, lead_in)
+        self.lead_in = self.user_sides.lead_in
         self.seconds: dict[str, float] = {}  # of `decode` and `detect`, summed; whoever reads them clears them
         self.single_observation_space, self.single_action_space = frame_spaces(codec)
         self._set_size(num_envs)

@@ -47,7 +47,7 @@ def rollout(
     lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
     order = sorted(range(len(segments)), key=lambda i: -lengths[i])
     if not batch_size:
-        longest = frames_in(env.user_sides.lead_in + max(lengths, default=0.0), env.codec.frame_rate) + 1
+        longest = frames_in(env.lead_in + max(lengths, default=0.0), env.codec.frame_rate) + 1
         batch_size = dialogues_that_fit(policy, longest)
     episodes: dict[int, Episode] = {}
 

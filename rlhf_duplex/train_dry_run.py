@@ -21,7 +21,7 @@ from rlhf_duplex.dry_run import FRAME_RATE, GIB, count_memory, gathered_bytes, m
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import find_bundle, local_info
-from rlhf_duplex.policy.lora import add_lora
+from rlhf_duplex.policy.lora import add_lora, is_adapted
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.policy.scoring import LOGITS_AT_ONCE
@@ -90,6 +90,10 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     own_copy = not plan.colocated or cut
     acting = _TYPES[cluster.rollout_dtype or config.dtype]
     of_worker = {"policy that acts": sum(p.numel() for p in lm.parameters()) * acting.itemsize if own_copy else 0}
+    if config.lora.rank and config.rollout.merged:
+        of_worker["layers with adapters, merged"] = acting.itemsize * sum(
+            p.numel() for name, p in lm.named_parameters() if is_adapted(name)
+        )
     cache = _cache_bytes(lm, acting)
     of_worker[f"keys and values of {plan.episodes} episodes"] = plan.episodes * frames * cache
     of_worker["Mimi"] = _mimi_bytes(config)

@@ -5,6 +5,7 @@ base on the same dialogue.
 """
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,15 +26,16 @@ from rlhf_duplex.trainer import last_checkpoint
 
 METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
 KINDS = ("replay", "live")
-# The quickstart's settings; live dialogues are longer than segments, so that there are fewer of them in an update.
-COMMON = ("optimiser.learning_rate=5e-4", "trainer.minibatch=24", "trainer.passes=2", "context.probability=0")
-REPLAY = ("trainer.groups=8", "trainer.group_size=12", "rewards.turn_taking.barge_in_seconds=1.0")
-LIVE = ("env=live", "trainer.groups=4", "trainer.group_size=12", "live.dialogues=64", "live.seconds=20")
-FLUENCY = "rewards={fluency: {weight: 1.0}, pause_handling: {weight: 0}, turn_taking: {weight: 0}, " \
-    "backchannel: {weight: 0}, user_interruption: {weight: 0}}"  # fmt: skip
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # of both: they differ in what follows alone
+# A live dialogue is two to three segments long: half the groups are about as many seconds.
+LIVE = (
+    "env=live", "trainer.groups=4", "live.dialogues=64", "live.seconds=20", "rewards.fluency.weight=2.0",
+    "rewards.pause_handling.weight=0", "rewards.turn_taking.weight=0", "rewards.backchannel.weight=0",
+    "rewards.user_interruption.weight=0",
+)  # fmt: skip
 TINY = (
-    "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "live.dialogues=2",
-    "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
+    "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "trainer.passes=1",
+    "live.dialogues=2", "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
 )  # fmt: skip
 
 
@@ -45,9 +47,10 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     """
     if arguments.replay and len(arguments.replay) != len(arguments.seeds):
         raise InputError(f"--replay names {len(arguments.replay)} runs for {len(arguments.seeds)} seeds: one a seed")
+    kinds = [kind for kind in KINDS if kind == "replay" or not arguments.only_replay]
     runs: dict[str, Path] = {}
     for index, seed in enumerate(arguments.seeds):
-        for kind in KINDS:
+        for kind in kinds:
             name = f"{kind}-{seed}"
             given = arguments.replay[index] if kind == "replay" and arguments.replay else None
             runs[name] = given or train(arguments, kind, seed, arguments.out / name)
@@ -56,8 +59,9 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     config = load_config(None, [f"evaluation.limit={limit}", f"live.seconds={6 if arguments.tiny else 30}"])
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = run_live(None, lambda: arguments.out, parse_systems(checkpoints), config, console)
-    record = {"seeds": list(arguments.seeds), "dialogues": limit, "comparisons": comparisons(results, arguments.seeds)}
-    console.print(as_table(record["comparisons"]))
+    rows = comparisons(results, arguments.seeds, kinds)
+    record = {"seeds": list(arguments.seeds), "dialogues": limit, "comparisons": rows}
+    console.print(as_table(rows))
     path = arguments.out / "live.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -73,23 +77,26 @@ def train(arguments: argparse.Namespace, kind: str, seed: int, folder: Path) -> 
     """
     if (folder / "evaluation" / "after.json").is_file():
         return folder
-    options = [*COMMON, *((*LIVE, FLUENCY) if kind == "live" else REPLAY), f"trainer.updates={arguments.updates}"]
-    options += [f"run_dir={folder}", f"seed={seed}", f"checkpoint={arguments.checkpoint}"]
+    options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={arguments.checkpoint}"]
+    options += LIVE if kind == "live" else ()
+    options += [] if arguments.updates is None else [f"trainer.updates={arguments.updates}"]
     options += TINY if arguments.tiny else ()
     options += ["resume=true"] if last_checkpoint(folder) is not None else []
-    if command(["train", *options]) or not (folder / "evaluation" / "after.json").is_file():
+    if command(["train", str(CONFIG), *options]) or not (folder / "evaluation" / "after.json").is_file():
         raise InputError(f"the training in {folder} did not end: the same command goes on with it")
     return folder
 
 
-def comparisons(results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def comparisons(
+    results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
     """For each metric: replay against base, live against base, live against replay, seeds pooled, p after Holm."""
     rows: list[dict[str, Any]] = []
     for metric in METRICS:
         columns = {"base": _column(results["base"], metric)}
-        for kind in KINDS:
+        for kind in kinds:
             columns[kind] = _pooled([_column(results[f"{kind}-{seed}"], metric) for seed in seeds])
-        for one, other in (("base", "replay"), ("base", "live"), ("replay", "live")):
+        for one, other in itertools.combinations(columns, 2):
             test = permutation_test(columns[one], columns[other])
             if test is None:
                 continue
@@ -112,10 +119,6 @@ def comparisons(results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) 
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows
-
-
-def _estimate(column: Mapping[str, float]) -> dict[str, float]:
-    return bootstrap_interval(list(column.values()))._asdict()
 
 
 def _column(result: Mapping[str, Any], metric: str) -> dict[str, float]:

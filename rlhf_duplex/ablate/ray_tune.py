@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from envs.files import write_text
 from rlhf_duplex.ablate.search import SearchConfig, point_name, round_off
 from rlhf_duplex.ablate.trial import Job, Record, is_finished, read_record, run_job, write_record
@@ -145,7 +147,8 @@ def run_search(
         metric="objective",
         mode=search.mode,
         points_to_evaluate=unfinished or None,
-        seed=search.seed,
+        # Another in each call: with the same, Optuna would begin by proposing the point that it proposed first.
+        seed=int(np.random.SeedSequence((search.seed, len(known))).generate_state(1)[0]),
     )
     for point, value in known:
         if value is not None:

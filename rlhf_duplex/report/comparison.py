@@ -12,6 +12,7 @@ from envs.errors import InputError
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.effects import Effect, crossed_effect, dominated_by, holm, paired_table, seed_interval
 from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
+from rlhf_duplex.evaluation.statistics import Estimate
 from rlhf_duplex.report.build import write_page
 from rlhf_duplex.report.cards import run_cards
 from rlhf_duplex.report.labels import axis_title, interval, label, number
@@ -118,7 +119,7 @@ def _effect_cell(axis: str, metric: str, effect: Effect, p: float) -> dict[str, 
         "interval": interval(effect.low, effect.high, unit, signed=True),
         "p": "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}",
         "seeds": f"{effect.agreeing} of {effect.seeds} seeds",
-        "segments": effect.segments,
+        "segments": f"{effect.segments} segments",
         "verdict": word,
     }
 
@@ -183,6 +184,14 @@ def _factor(metric: Metric) -> float:
     return 100.0 if label(*metric).unit == "%" else 1.0
 
 
+def _spread(metric: Metric, values: Sequence[float]) -> Estimate:
+    """Mean and interval over seeds, as drawn: of an interval about a share, what lies between 0 and 100 %."""
+    estimate = seed_interval(values)
+    if label(*metric).unit != "%":
+        return estimate
+    return estimate._replace(low=max(0.0, estimate.low), high=min(100.0, estimate.high))
+
+
 def _with_unit(metric: Metric) -> str:
     words = label(*metric)
     return f"{words.name} ({words.unit})" if words.unit else words.name
@@ -196,7 +205,7 @@ def _condition_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[
         for name in names:
             values = [_factor(metric) * value for value in _values(comparison, name, metric)]
             if values:
-                rows.append(Row(name, values, seed_interval(values)))
+                rows.append(Row(name, values, _spread(metric, values)))
         if rows:
             plots.append((_title(metric), condition_plot(_title(metric), rows, _with_unit(metric), f"m{number_}")))
     return plots
@@ -238,7 +247,7 @@ def _weight_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[dic
                 points += [(x, y) for y in ys]
                 if name in joined:
                     groups.setdefault(x, []).extend(ys)
-            means = [(x, seed_interval(ys)) for x, ys in sorted(groups.items()) if ys]
+            means = [(x, _spread(metric, ys)) for x, ys in sorted(groups.items()) if ys]
             if points:
                 drawn = weight_plot(_title(metric), points, means, key, _with_unit(metric), f"w{section}-{number_}")
                 plots.append((_title(metric), drawn))

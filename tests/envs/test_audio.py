@@ -1,3 +1,4 @@
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -59,3 +60,10 @@ def test_resampling_keeps_a_tone():
     expected = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
     np.testing.assert_allclose(lower[200:-200], expected[200:-200], atol=1e-2)
     assert resample(tone, 24000, 24000) is tone
+
+
+@pytest.mark.parametrize(("shape", "source", "target"), [((7,), 8000, 24000), ((2, 3, 99), 44100, 16000), ((0,), 8, 4)])
+def test_resampling_is_that_of_librosa(shape, source, target):
+    audio = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    expected = librosa.resample(audio, orig_sr=source, target_sr=target, res_type="soxr_hq")
+    np.testing.assert_array_equal(resample(audio, source, target), expected)

