@@ -82,21 +82,14 @@ class DuplexLiveVectorEnv(VectorEnv):
 
         Args:
             seed: of the choice of dialogues.
-<<<<<<< HEAD
-            options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `later`: give
-                `infos["later"]`, a function that gives the episodes, in place of episodes and rewards. There is no
-                context: that of `DuplexDialogueVectorEnv` is taken and not used.
-=======
             options: `segments`: B ids or `Segment`s (drawn at random where not given; sets B); `later`: decode and
                 detect when `infos["later"]` of the last step is called (there are no rewards then), not in that step.
                 Other options of `DuplexDialogueVectorEnv` (there is no context) are taken and not used.
->>>>>>> evaluate
 
         Raises:
             InputError: an id that is not there.
         """
         super().reset(seed=seed)
-        self._later = bool((options or {}).get("later"))
         wanted = (options or {}).get("segments")
         if wanted is None:
             wanted = [self.segments[i] for i in self.np_random.integers(len(self.segments), size=self.num_envs)]
@@ -125,19 +118,12 @@ class DuplexLiveVectorEnv(VectorEnv):
         ended = self._frame == self._length
         rewards: np.ndarray = np.zeros(self.num_envs)
         infos: dict[str, Any] = {}
-<<<<<<< HEAD
-        if ended:
-            episodes = self._finish()
-            infos.update({"later": lambda: episodes} if self._later else {"episodes": episodes})
-            if self.reward_function is not None and not self._later:
-=======
         if ended and self._later:
             infos["later"] = self._finisher()
         elif ended:
             episodes = self._finisher()()
             infos["episodes"] = episodes
             if self.reward_function is not None:
->>>>>>> evaluate
                 scores = self.reward_function(episodes)
                 rewards = np.array([self.reward_function.total(row) for row in scores])
                 infos["rewards"] = [{axis: s.value for axis, s in row.items() if s is not None} for row in scores]
