@@ -21,9 +21,10 @@ from rlhf_duplex.dry_run import FRAME_RATE, GIB, count_memory, gathered_bytes, m
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import find_bundle, local_info
-from rlhf_duplex.policy.lora import add_lora
+from rlhf_duplex.policy.lora import add_lora, is_adapted
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
+from rlhf_duplex.policy.scoring import LOGITS_AT_ONCE
 from rlhf_duplex.run_folder import make_console
 from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
 
@@ -82,13 +83,17 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     if learner.critic is not None:
         of_learner["value head"] = 4 * sum(p.nbytes for p in learner.critic.parameters.values())
     if cut and plan.learners > 1:
-        of_learner["gathered weights"] = gathered_bytes(lm, 2 if half else lm.text_linear.weight.element_size())
+        of_learner["gathered weights"] = gathered_bytes(lm, 2 if half else _TYPES[config.dtype].itemsize)
     of_learner["activations"] = _activations(
         config, arguments, frames, torch.bfloat16 if half else _TYPES[config.dtype]
     )
     own_copy = not plan.colocated or cut
     acting = _TYPES[cluster.rollout_dtype or config.dtype]
     of_worker = {"policy that acts": sum(p.numel() for p in lm.parameters()) * acting.itemsize if own_copy else 0}
+    if config.lora.rank and config.rollout.merged:
+        of_worker["layers with adapters, merged"] = acting.itemsize * sum(
+            p.numel() for name, p in lm.named_parameters() if is_adapted(name)
+        )
     cache = _cache_bytes(lm, acting)
     of_worker[f"keys and values of {plan.episodes} episodes"] = plan.episodes * frames * cache
     of_worker["Mimi"] = _mimi_bytes(config)
@@ -132,7 +137,6 @@ def _meta_learner(config: Config, lm: LMModel) -> Learner:
     """The learner of a run with shapes and no storage: what is trained and what is shared as it will be."""
     if config.lora.rank:
         add_lora(lm, seed=config.seed, **vars(config.lora))
-    lm.transformer.checkpointing = config.trainer.gradient_checkpointing
     with torch.device("meta"):
         policy = MoshiPolicy(lm, Sampling(**vars(config.sampling)))
         return Learner(policy, config.trainer, config.optimiser, config.seed, config.ppo)
@@ -157,17 +161,17 @@ def _activations(config: Config, arguments: Any, frames: int, computed: torch.dt
             torch.zeros(rows, frames),
             torch.ones(rows, frames, dtype=torch.bool),
             torch.zeros(rows, frames),
-            torch.zeros(rows, frames),
-            torch.zeros(rows, frames),
+            values=torch.zeros(rows, frames),
+            returns=torch.zeros(rows, frames),
         )
         kept = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
         if lm.transformer.checkpointing:
             lm.transformer.checkpointing = False
             whole = saved_bytes(lambda: learner._loss(batch, None)[0], dict(lm.named_parameters()))
             layers = len(lm.transformer.layers)
-            inputs = layers * rows * frames * lm.dim * lm.text_linear.weight.element_size()
+            inputs = layers * rows * frames * lm.dim * computed.itemsize
             kept += inputs + (whole - kept) // layers
-    return kept + 4 * rows * frames * lm.text_card
+    return kept + 4 * min(rows * frames * lm.text_card, LOGITS_AT_ONCE)
 
 
 def _cache_bytes(lm: LMModel, dtype: torch.dtype) -> int:
@@ -215,7 +219,8 @@ def _seconds(
         sum(p.numel() for p in lm.parameters()) * computed,
     )
     cut = cluster.strategy == "fsdp"
-    before = int(learner.critic is not None or trainer.ahead or trainer.objective != "tokens")
+    weighted = trainer.ahead or trainer.importance == "truncated"
+    before = int(learner.critic is not None or weighted or trainer.objective != "tokens")
     total = trainer.groups * trainer.group_size
     computing, moving = update_seconds(
         size,

@@ -41,6 +41,11 @@ def part_of(name: str) -> str:
     return "depth" if name.startswith(("depformer", "linears")) else "temporal"
 
 
+def is_adapted(name: str) -> bool:
+    """Whether a parameter is the weight of a layer that has an adapter."""
+    return any(word in name for word in _BASE_NAMES)
+
+
 def add_lora(
     lm: LMModel,
     rank: int,
@@ -154,7 +159,7 @@ def merged_copy(lm: LMModel) -> LMModel:
 
     Weights that no adapter is on are shared with it; the others are its own, and `merge_into` brings them up to date.
     """
-    adapted = {id(value) for name, value in lm.named_parameters() if any(word in name for word in _BASE_NAMES)}
+    adapted = {id(value) for name, value in lm.named_parameters() if is_adapted(name)}
     shared = {id(value): value for value in lm.parameters() if id(value) not in adapted}
     plain = without_lora(copy.deepcopy(lm, shared)).eval()
     merge_into(plain, lm)
@@ -177,8 +182,9 @@ def merge_into(plain: LMModel, lm: LMModel) -> None:
 
 
 def is_fresh(lm: nn.Module) -> bool:
-    """Whether the adapters change nothing yet."""
-    return not any(bool(value.any()) for name, value in lm.named_parameters() if ".lora_B" in name)
+    """Whether the adapters change nothing yet (shapes without storage are taken for new)."""
+    known = [value for name, value in lm.named_parameters() if ".lora_B" in name and not value.is_meta]
+    return not any(bool(value.any()) for value in known)
 
 
 def _peft_layers(lm: nn.Module) -> list[Any]:

@@ -72,7 +72,14 @@ def score_text(
 
     # Where weights are cut over processes, all of both models' are needed at the same time.
     rows = policy.whole(found if reference is None else lambda: reference.whole(found))
+    if mask.is_meta:
+        return TextScores(*rows.unflatten(1, mask.shape))
     return TextScores(*torch.zeros(6, *mask.shape, device=codes.device).masked_scatter(mask, rows))
+
+
+def _wanted(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`(B, T, ...)` to `(n, ...)`; of shapes without storage (a dry run) nobody knows which, and it is all frames."""
+    return values.flatten(0, 1) if mask.is_meta else values[mask]
 
 
 def _score_frames(
@@ -86,14 +93,14 @@ def _score_frames(
     at_once: int,
 ) -> torch.Tensor:
     """`(6, n)` float32 in the order of `TextScores`."""
-    text = codes[:, 0].clamp(min=0)[mask]
+    text = _wanted(codes[:, 0].clamp(min=0), mask)
     goal = objective or Objective()
-    onsets = goal.onsets(codes[:, 0])[mask]
-    hidden = policy.text_hidden(codes)[mask]
+    onsets = _wanted(goal.onsets(codes[:, 0]), mask)
+    hidden = _wanted(policy.text_hidden(codes), mask)
     others = None
     if reference is not None:
         with torch.no_grad():
-            others = reference.text_hidden(codes)[mask]
+            others = _wanted(reference.text_hidden(codes), mask)
 
     def part(
         hidden: torch.Tensor, text: torch.Tensor, onsets: torch.Tensor, others: torch.Tensor | None

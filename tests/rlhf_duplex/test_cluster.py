@@ -51,7 +51,8 @@ def assert_same(one: list[dict], other: list[dict], tolerance: float = 1e-6) -> 
     for left, right in zip(one, other, strict=True):
         assert left.keys() == right.keys()
         for name, value in left.items():
-            assert right[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+            # As torch and numpy have it: workers that play fewer dialogues at once round otherwise.
+            assert abs(right[name] - value) <= tolerance + tolerance * abs(value), (name, value, right[name])
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])

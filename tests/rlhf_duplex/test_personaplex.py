@@ -180,8 +180,8 @@ class TestPrompt:
         with torch.no_grad():
             log_probs, _ = policy.evaluate_actions(trajectory.codes)
             without, _ = plain.evaluate_actions(trajectory.codes)
-            pairs = PairModel(persona.lm, "text", prompt)._logits(trajectory.codes)[0]
-            audio = PairModel(persona.lm, "audio", prompt)._logits(trajectory.codes)
+            pairs = PairModel(persona.lm, "text", prompt=prompt)._logits(trajectory.codes)[0]
+            audio = PairModel(persona.lm, "audio", prompt=prompt)._logits(trajectory.codes)
             torch.testing.assert_close(pairs, policy.text_logits(trajectory.codes))
         assert (log_probs - trajectory.log_probs).abs().max() < 1e-4
         assert (without - trajectory.log_probs).abs().max() > 1e-3  # it is heard

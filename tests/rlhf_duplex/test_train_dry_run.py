@@ -1,5 +1,6 @@
 """The dry run of `train` and the model of the step, worked out by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_a_rollout_by_hand():
     # 3 frames read 3 * 2000 bytes of weights and 2 * 10 * (1 + 2 + 3) of keys and values, at 500 a second; 0.75 beside.
     assert rollout_seconds(SIZE, MACHINE, 2, 3) == pytest.approx((6000 + 120) / 500 + 0.75)
     # So many episodes that products take longer than reading: 2 * 1100 * 5000 * 3 at 500,000 a second.
-    assert rollout_seconds(SIZE, MACHINE, 5000, 3) == pytest.approx(2 * 1100 * 15000 / 5e5 + 0.75)
+    wide = replace(MACHINE, bandwidth=1e6)
+    assert rollout_seconds(SIZE, wide, 5000, 3) == pytest.approx(2 * 1100 * 15000 / 5e5 + 0.75)
 
 
 def test_an_update_by_hand():
@@ -72,8 +74,8 @@ def test_the_papers_run():
 def test_adapters_on_one_gpu_share_the_weights():
     found = dry_run_training(load_config(CONFIGS / "moshi_7b_lora_1gpu.yaml"), Console(quiet=True))
     assert found["worker"]["policy that acts"] == 0
-    adapters = found["learner"]["lora (weights, gradients, optimiser)"]
-    assert found["learner"]["reference"] == adapters // 4  # its own adapters, and nothing else
+    assert found["learner"]["lora (weights, gradients, optimiser)"] > 0
+    assert found["learner"]["reference"] == 0  # the same model with its adapters off
     assert found["fits"]
     assert found["seconds"]["sync"] == 0.0
 
