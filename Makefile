@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test format clean
+.PHONY: install quickstart test test-long format clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-long: install
+	$(BIN)/pytest -m long
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -31,6 +31,7 @@ def test_seeds_are_pooled_dialogue_by_dialogue():
     assert [(row["before"], row["after"]) for row in comparisons(results, [0, 1], ["replay"])] == [("base", "replay")]
 
 
+@pytest.mark.long
 def test_the_whole_of_it_tiny(tmp_path):
     out = tmp_path / "live"
     assert main(["--tiny", "--seeds", "0", "--out", str(out)]) == 0

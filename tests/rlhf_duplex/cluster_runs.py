@@ -45,6 +45,7 @@ def options(folder: Path, run_dir: Path, **overrides) -> list[str]:
         "trainer.group_size": 2,
         "trainer.minibatch": 2,
         "trainer.microbatch": 1,
+        "rollout.batch_size": 2,  # wherever they are played: another number of dialogues at once rounds otherwise
         "optimiser.learning_rate": 1e-4,
         "optimiser.warmup_updates": 0,
         "context.lead_in": 0.16,

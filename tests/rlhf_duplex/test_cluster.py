@@ -55,7 +55,7 @@ def assert_same(one: list[dict], other: list[dict], tolerance: float = 1e-6) -> 
             assert abs(right[name] - value) <= tolerance + tolerance * abs(value), (name, value, right[name])
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_the_same_metrics_wherever_the_work_is_done(algorithm, nodes, folder, tmp_path):
     def run(name, **overrides):
         return updates(folder, tmp_path / name, trainer__algorithm=algorithm, trainer__updates=3, **overrides)
@@ -76,6 +76,7 @@ def test_the_same_metrics_wherever_the_work_is_done(algorithm, nodes, folder, tm
         assert here[0]["value_loss"] > 0
 
 
+@pytest.mark.long
 def test_workers_that_are_the_learners_too(nodes, folder, tmp_path):
     here = updates(folder, tmp_path / "0")
     for strategy in ("ddp", "fsdp"):
@@ -171,7 +172,9 @@ def test_too_little_room_is_said_before_anything_is_started(nodes, folder, tmp_p
         updates(folder, tmp_path / "run", cluster__workers=100)
 
 
-@pytest.mark.parametrize(("algorithm", "workers"), [("ppo", 0), ("grpo", 0), ("ppo", 2), ("grpo", 2)])
+@pytest.mark.parametrize(
+    ("algorithm", "workers"), [("ppo", 0), ("grpo", 0), ("ppo", 2), pytest.param("grpo", 2, marks=pytest.mark.long)]
+)
 def test_killed_and_resumed_it_is_the_same_run_to_the_bit(algorithm, workers, nodes, folder, tmp_path):
     count = UPDATES if UPDATES > 6 else 4
     same = {
@@ -205,7 +208,7 @@ def test_killed_and_resumed_it_is_the_same_run_to_the_bit(algorithm, workers, no
         assert all(one[key].equal(other[key]) for key in one), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_exit_code_0(number, nodes, folder, tmp_path):
     run_dir = tmp_path / "run"
     address = {"cluster.workers": 1, "cluster.address": nodes.address} if number == signal.SIGTERM else {}

@@ -114,6 +114,7 @@ def test_two_workers_write_the_same(corpus, whole):
         curate(listing, out, CurateOptions(criteria=SHORT, workers=2, strict=True))
 
 
+@pytest.mark.long
 def test_two_workers_killed_leave_nothing_behind_and_it_goes_on(corpus, whole):
     out = whole[0].with_name("killed_workers.jsonl")
     command = [sys.executable, "-m", "rlhf_duplex.cli", "curate", str(corpus), "--out", str(out), "--per-axis", "8"]
