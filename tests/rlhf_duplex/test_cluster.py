@@ -51,8 +51,7 @@ def assert_same(one: list[dict], other: list[dict], tolerance: float = 1e-6) -> 
     for left, right in zip(one, other, strict=True):
         assert left.keys() == right.keys()
         for name, value in left.items():
-            # As torch and numpy have it: workers that play fewer dialogues at once round otherwise.
-            assert abs(right[name] - value) <= tolerance + tolerance * abs(value), (name, value, right[name])
+            assert right[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
@@ -64,11 +63,11 @@ def test_the_same_metrics_wherever_the_work_is_done(algorithm, nodes, folder, tm
     assert here[0]["reward_std/words"] > 0
     assert here[-1]["kl"] > 0
     assert [line["staleness"] for line in here] == [0.0] * 3
-    assert_same(here, run("1", cluster__workers=1))
-    # Weights cut over two learners, and a broadcast of them to two workers.
+    assert_same(here, run("2", cluster__workers=2))
+    # Weights cut over two learners round otherwise in the optimiser's step; a broadcast brings them to the worker.
     cut = {"cluster.strategy": "fsdp", "cluster.learners": 2, "cluster.weights": "broadcast"}
-    assert_same(here, run("2", cluster__workers=2, **cut))
-    last = [load_file(last_checkpoint(tmp_path / name) / "model.safetensors") for name in "02"]
+    assert_same(here, run("cut", cluster__workers=1, **cut), tolerance=1e-5)
+    last = [load_file(last_checkpoint(tmp_path / name) / "model.safetensors") for name in ("0", "cut")]
     for name, value in last[0].items():
         assert (last[1][name] - value).abs().max() < 1e-5, name
     if algorithm == "ppo":
@@ -81,7 +80,7 @@ def test_workers_that_are_the_learners_too(nodes, folder, tmp_path):
     here = updates(folder, tmp_path / "0")
     for strategy in ("ddp", "fsdp"):
         both = {"cluster.workers": 2, "cluster.placement": "colocated", "cluster.strategy": strategy}
-        assert_same(here, updates(folder, tmp_path / strategy, **both))
+        assert_same(here, updates(folder, tmp_path / strategy, **both), 1e-6 if strategy == "ddp" else 1e-5)
 
 
 def test_rollouts_one_step_ahead(nodes, folder, tmp_path):
