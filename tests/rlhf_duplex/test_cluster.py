@@ -31,9 +31,10 @@ def nodes():
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    # Before there is another node: this process lives on the head, and not on one that a test takes away.
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     for _ in range(2):
         cluster.add_node(**NODE)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
     cluster.shutdown()
