@@ -169,7 +169,8 @@ def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], fra
     half = config.dtype == "bfloat16" or config.training.autocast == "bfloat16"
     lm = meta_model(arguments, torch.bfloat16 if half else torch.float32)
     _prepare(lm, config)
-    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss))
+    sft = config.loss.sft_streams if config.loss.sft_weight else None
+    model = PairModel(lm, config.loss.streams, make_objective(lm, config.loss), sft_streams=sft)
     ids = stream_ids(lm, config.loss.streams)
     reply = max(2, frames // 2)
     context, either = (torch.zeros(1 + lm.n_q, n, dtype=torch.long) for n in (frames - reply, reply))
@@ -182,7 +183,7 @@ def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], fra
     if tuple(output.log_probs.shape) != (2 * config.training.microbatch, len(ids.targets) * frames):
         raise RuntimeError(f"the forward pass gives log-probabilities of shape {tuple(output.log_probs.shape)}")
     rows = 2 * config.training.microbatch * frames
-    cards = lm.text_card + (len(ids.targets) - 1) * lm.card
+    cards = lm.text_card + (max(len(ids.targets), len(model.sft_targets)) - 1) * lm.card
     logits = 4 * rows * cards  # float32: their gradient, the largest tensor of the backward pass
     if config.training.gradient_checkpointing:
         layers = len(lm.transformer.layers)

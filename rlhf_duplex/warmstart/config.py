@@ -47,6 +47,9 @@ class LossConfig:
             reply has |y| = 1, which gives it a weight many times that of a spoken one.
         span: `pair`, the frames that the pair names (from where chosen and rejected part), or `reply`, all that
             follows the context.
+        sft_weight: of the mean negative log-likelihood of the chosen reply's tokens beside the preference loss (RPO,
+            arXiv 2404.19733, eq. 2); keeps words and voice where pairs are about timing.
+        sft_streams: `text`, `semantic` or `audio`, as `streams`; each stream counts the same.
     """
 
     name: str = "sigmoid_norm"
@@ -58,6 +61,8 @@ class LossConfig:
     onset_frames: int = 8
     count_pad: bool = True
     span: str = "pair"
+    sft_weight: float = 0.0
+    sft_streams: str = "audio"
 
 
 @dataclass
@@ -79,7 +84,7 @@ class ReferenceConfig:
 class LearningRates:
     """By part of the model [temporal 5e-9, depth 1e-6; the others not given]; 0 freezes a part.
 
-    The depth transformer learns only from audio streams; with `loss.streams=text` it is not run.
+    The depth transformer learns only from audio streams; where the loss has none it is not run.
     """
 
     temporal: float = 1e-4
@@ -210,6 +215,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
     choices = {
         "loss.name": (loss.name, LOSSES),
         "loss.streams": (loss.streams, STREAMS),
+        "loss.sft_streams": (loss.sft_streams, STREAMS),
         "loss.objective": (loss.objective, OBJECTIVES),
         "loss.span": (loss.span, SPANS),
         "reference.mode": (config.reference.mode, ("cached", "lora_off")),
@@ -240,6 +246,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
     not_negative = {
         "seed": config.seed,
         "loss.simpo_gamma": loss.simpo_gamma,
+        "loss.sft_weight": loss.sft_weight,
         "optimiser.weight_decay": optimiser.weight_decay,
         "optimiser.warmup_steps": optimiser.warmup_steps,
         "dry_run.pairs": config.dry_run.pairs,
@@ -275,14 +282,18 @@ def trained_parts(config: WarmstartConfig) -> dict[str, float]:
     rates = vars(config.optimiser.learning_rates)
     if config.lora.rank:
         return {"lora": rates["lora"]} if rates["lora"] > 0 else {}
-    depth = config.loss.streams != "text"
+    depth = not _text_only(config.loss)
     return {part: rates[part] for part in PARTS if rates[part] > 0 and (part != "depth" or depth)}
+
+
+def _text_only(loss: LossConfig) -> bool:
+    return loss.streams == "text" and (loss.sft_weight == 0 or loss.sft_streams == "text")
 
 
 def set_trained(lm: nn.Module, config: WarmstartConfig) -> None:
     """Let the parts of the configuration learn, and freeze everything else, so that it costs no gradient."""
     parts = trained_parts(config)
-    text_only = config.loss.streams == "text"
+    text_only = _text_only(config.loss)
     for name, parameter in lm.named_parameters():
         idle = text_only and name.startswith(("depformer", "linears"))
         parameter.requires_grad_(part_of(name) in parts and not idle)

@@ -34,6 +34,7 @@ class PairCollator:
     The batch has
         codes `(2P, K, T)`: context and reply, -1 behind the end;
         loss_mask `(2P, N)` bool: targets whose log-probability is in the sum;
+        reply_mask `(2P, T)` bool: frames of the reply;
         input_ids `(2P, 1 + N)`: the targets behind one column that no loss sees (TRL predicts token n + 1 at n; Moshi's
             logits stand at the token that they predict);
         completion_mask `(2P, 1 + N)`: targets that count in |y|;
@@ -57,11 +58,13 @@ class PairCollator:
         streams = pairs[0].context.shape[0]
         codes = torch.full((len(rows), streams, frames), self.ids.missing)
         span = torch.zeros(len(rows), 1, frames, dtype=torch.bool)
+        replies = torch.zeros(len(rows), frames, dtype=torch.bool)
         for row, (pair, side) in enumerate(rows):
             reply, before = getattr(pair, side), pair.context.shape[1]
             codes[row, :, : before + reply.shape[1]] = torch.cat([pair.context, reply], dim=1)
             start, end = getattr(pair, f"{side}_span") if self.span == "pair" else (0, reply.shape[1])
             span[row, 0, before + start : before + end] = True
+            replies[row, before : before + reply.shape[1]] = True
         targets = codes[:, list(self.ids.targets)]
         exists = targets != self.ids.missing
         mask = exists & span
@@ -72,6 +75,7 @@ class PairCollator:
         batch = {
             "codes": codes,
             "loss_mask": mask.flatten(1),
+            "reply_mask": replies,
             "input_ids": _behind_a_column(targets.clamp(min=0)),
             "completion_mask": _behind_a_column(counted.long()),
             "attention_mask": _behind_a_column(exists.long()),

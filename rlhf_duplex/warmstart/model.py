@@ -1,5 +1,6 @@
 """Moshi's `LMModel` behind the call that TRL's `DPOTrainer` makes: tokens in, their log-probabilities out."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +29,22 @@ def make_objective(lm: LMModel, loss: LossConfig) -> Objective:
     return Objective(loss.objective, lm.text_padding_token_id, lm.end_of_text_padding_id, loss.onset_frames)
 
 
+@dataclass
+class PairOutput(FusedCausalLMOutput):
+    """With `sft`, the mean negative log-likelihood of the chosen replies, a scalar; None where nobody asked."""
+
+    sft: torch.Tensor | None = None
+
+
 class PairModel(nn.Module):
     """Log-probabilities of a reply's tokens given everything before them: pi(T^y | x, A^y, A'^y), teacher-forced.
 
     Args:
         lm: is trained in place.
-        streams: `text`, `semantic` or `audio`. With `text` the depth transformer is not run.
+        streams: `text`, `semantic` or `audio`. Where only text is asked for the depth transformer is not run.
         prompt: `(K, P)` columns that every dialogue begins with and no loss is about; None for none.
         objective: what of a text token is learned; None: the token.
+        sft_streams: of the likelihood of the chosen replies; None: it is not asked for.
 
     Raises:
         InputError: the model has a delayed text stream.
@@ -47,6 +56,7 @@ class PairModel(nn.Module):
         streams: str = "text",
         objective: Objective | None = None,
         prompt: torch.Tensor | None = None,
+        sft_streams: str | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective or Objective()
@@ -54,39 +64,64 @@ class PairModel(nn.Module):
             raise InputError(f"the text stream of this model is delayed by {lm.delays[0]} frames, 0 is needed")
         self.lm = lm
         self.targets = stream_ids(lm, streams).targets
+        self.sft_targets = stream_ids(lm, sft_streams).targets if sft_streams else ()
         self._prompt = None if prompt is None else prompt.to(lm.device)
 
     def forward(
-        self, codes: torch.Tensor, input_ids: torch.Tensor, loss_mask: torch.Tensor, **_: Any
-    ) -> FusedCausalLMOutput:
-        """Shapes as in `rlhf_duplex.warmstart.data.PairCollator`; every field is `(2P, N)` and 0 outside the mask.
+        self,
+        codes: torch.Tensor,
+        input_ids: torch.Tensor,
+        loss_mask: torch.Tensor,
+        reply_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> PairOutput:
+        """Shapes as in `rlhf_duplex.warmstart.data.PairCollator`; fields are `(2P, N)` and 0 outside the mask.
 
-        `log_probs` alone has a gradient. `entropy`, `mean_logits` and `is_top1` are what TRL logs.
+        `log_probs` and `sft` alone have a gradient. `entropy`, `mean_logits` and `is_top1` are what TRL logs.
         """
         frames = codes.shape[-1]
         labels, masks = input_ids[:, 1:].split(frames, dim=1), loss_mask.split(frames, dim=1)
+        logits = self._logits(codes)
         parts = [
-            _token_statistics(logits, label, mask, self.objective if stream == 0 else Objective())
-            for stream, (logits, label, mask) in enumerate(zip(self._logits(codes), labels, masks, strict=True))
+            _token_statistics(row, label, mask, self.objective if stream == 0 else Objective())
+            for stream, (row, label, mask) in enumerate(zip(logits[: len(self.targets)], labels, masks, strict=True))
         ]
         log_probs, entropy, mean_logits, is_top1 = (torch.cat(field, dim=1) for field in zip(*parts, strict=True))
-        return FusedCausalLMOutput(
-            log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=loss_mask
+        return PairOutput(
+            log_probs=log_probs,
+            entropy=entropy,
+            mean_logits=mean_logits,
+            is_top1=is_top1,
+            label_mask=loss_mask,
+            sft=self._sft(logits, codes, reply_mask) if self.sft_targets and reply_mask is not None else None,
         )
 
+    def _sft(self, logits: list[torch.Tensor], codes: torch.Tensor, reply_mask: torch.Tensor) -> torch.Tensor:
+        """Mean over streams of the mean over the tokens of all chosen replies."""
+        pairs = len(codes) // 2
+        found = []
+        for row in self.sft_targets:
+            inside = reply_mask[:pairs] & (codes[:pairs, row] >= 0)
+            label = codes[:pairs, row].masked_fill(~inside, -100)
+            # NaN where a delayed stream has no valid position, see `_token_statistics`.
+            valid = torch.where(inside[..., None], logits[row][:pairs].float(), torch.zeros((), device=codes.device))
+            found.append(nn.functional.cross_entropy(valid.flatten(0, 1), label.flatten()))
+        return torch.stack(found).mean()
+
     def _logits(self, codes: torch.Tensor) -> list[torch.Tensor]:
-        """`(2P, T, V)` of each target stream."""
+        """`(2P, T, V)` of each stream that is asked for, text first."""
+        targets = max(self.targets, self.sft_targets, key=len)
         before = 0
         if self._prompt is not None:
             before = self._prompt.shape[1]
             codes = torch.cat([self._prompt.expand(len(codes), -1, -1), codes], dim=-1)
-        if len(self.targets) == 1:
+        if len(targets) == 1:
             return [self._text_logits(codes)[:, before:]]
         # A stream delayed by d has no logits in the last d frames: frames that do not exist are put behind.
         frames = codes.shape[-1]
         output = self.lm(nn.functional.pad(codes, (0, max(self.lm.delays)), value=int(self.lm.zero_token_id)))
         audio = output.logits[..., before:frames, :]
-        return [output.text_logits[:, 0, before:frames], *(audio[:, row - 1] for row in self.targets[1:])]
+        return [output.text_logits[:, 0, before:frames], *(audio[:, row - 1] for row in targets[1:])]
 
     def _text_logits(self, codes: torch.Tensor) -> torch.Tensor:
         """As `LMModel.forward`, without its depth transformer. Moshi's own modules are called, which sharding needs."""

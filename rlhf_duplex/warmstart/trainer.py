@@ -103,6 +103,7 @@ class PreferenceTrainer(DPOTrainer):
                 config.loss.streams,
                 make_objective(bundle.lm, config.loss),
                 make_prompt(bundle, config.prompt),
+                config.loss.sft_streams if config.loss.sft_weight else None,
             ),
             args=args,
             data_collator=PairCollator(ids, config.loss.span, config.loss.count_pad),
@@ -145,6 +146,9 @@ class PreferenceTrainer(DPOTrainer):
             loss = super()._compute_loss(remembering, inputs, False)
             chosen, rejected = self.beta * self._log_ratios(seen, inputs)
         self._log_kinds(kinds, chosen, rejected)
+        if self.config.loss.sft_weight:
+            loss = loss + self.config.loss.sft_weight * seen[0].sft
+            self._record({"sft": seen[0].sft.detach()[None]})
         return loss
 
     def _without_adapters(self, model: Any, seen: list[Any], **kwargs: Any) -> Any:

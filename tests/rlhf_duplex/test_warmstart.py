@@ -294,6 +294,51 @@ class TestPairModel:
             torch.testing.assert_close(found[:, stream][mask[:, stream]], expected[..., 0][mask[:, stream]])
         assert mask.sum() == (7 + 4) * 2 * (1 + count)
 
+    @pytest.mark.parametrize(("streams", "count"), [("text", 0), ("audio", 8)])
+    def test_likelihood_of_the_chosen_replies(self, nano, streams, count):
+        pairs = make_pairs(nano.lm, 2)
+        ids = stream_ids(nano.lm, "text")
+        batch = PairCollator(ids)([(pair, None) for pair in pairs])
+        assert batch["reply_mask"].int().tolist() == [[0] * 3 + [1] * 8] * 2 + [[0] * 3 + [1] * 6 + [0] * 2] * 2
+        with torch.no_grad():
+            output = PairModel(nano.lm, sft_streams=streams)(**batch)
+            plain = PairModel(nano.lm)(**batch)
+            moshi = nano.lm(torch.nn.functional.pad(batch["codes"], (0, 2), value=-1))
+        assert plain.sft is None
+        torch.testing.assert_close(output.log_probs, plain.log_probs)
+        means = []
+        for stream in range(1 + count):
+            logits = moshi.text_logits[:, 0] if stream == 0 else moshi.logits[:, stream - 1]
+            log_probs = torch.log_softmax(logits, -1)
+            own = [
+                log_probs[row, 3 + frame, int(pair.chosen[stream, frame])]
+                for row, pair in enumerate(pairs)
+                for frame in range(8)
+            ]
+            means.append(-torch.stack(own).mean())
+        torch.testing.assert_close(output.sft, torch.stack(means).mean())
+
+    def test_the_likelihood_is_added_to_the_loss_and_teaches_the_depth_transformer(self):
+        def run(**keys):
+            bundle = load_bundle("nano")
+            trainer = trainer_of(bundle, make_pairs(bundle.lm, 2), loss__beta=0.3, **keys)
+            batch = trainer.data_collator([(pair, (-9.0, -8.0)) for pair in make_pairs(bundle.lm, 2)])
+            trainer.model.train()
+            loss = trainer._compute_loss(trainer.model, batch)
+            loss.backward()
+            gradients = {n: p.grad for n, p in bundle.lm.named_parameters() if p.grad is not None}
+            assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+            return loss.item(), {part_of(name) for name in gradients}, trainer._metrics["train"]
+
+        without, parts, metrics = run()
+        assert "depth" not in parts
+        assert "sft" not in metrics
+        with_it, parts, metrics = run(loss__sft_weight=0.5)
+        assert "depth" in parts
+        assert with_it == pytest.approx(without + 0.5 * metrics["sft"][0], abs=1e-5)
+        _, parts, _ = run(loss__sft_weight=0.5, loss__sft_streams="text")
+        assert "depth" not in parts
+
     def test_no_nan_reaches_a_gradient(self):
         lm = load_bundle("nano").lm
         pairs = make_pairs(lm, 2)
