@@ -23,9 +23,9 @@ WARMSTART_HELP = """examples:
   rlhf-duplex warmstart configs/nano_dpo_ln.yaml resume=true
   rlhf-duplex warmstart configs/moshi_7b_dpo_ln.yaml --dry-run"""
 PIPELINE_HELP = """examples:
-  rlhf-duplex pipeline configs/pipeline.yaml
-  rlhf-duplex pipeline configs/pipeline.yaml run_dir=runs/second
-  rlhf-duplex pipeline configs/pipeline.yaml --dry-run"""
+  rlhf-duplex pipeline configs/quickstart.yaml
+  rlhf-duplex pipeline configs/quickstart.yaml run_dir=runs/second
+  rlhf-duplex pipeline configs/quickstart.yaml --dry-run"""
 ABLATE_HELP = """examples:
   rlhf-duplex ablate configs/ablations/leave_one_axis_out.yaml
   rlhf-duplex ablate configs/ablations/leave_one_axis_out.yaml seeds=[0] trainer.updates=10 run_dir=runs/short

@@ -158,7 +158,7 @@ def test_inputs_are_what_the_command_names_but_not_what_it_makes(setting):
 
 
 def test_the_shipped_pipeline_has_the_stages_of_the_whole_way():
-    pipeline = load_pipeline(Path(__file__).parents[2] / "configs" / "pipeline.yaml")
+    pipeline = load_pipeline(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
     assert [stage.name for stage in pipeline.stages] == ["curate", "pairs", "warmstart", "train", "report"]
     assert [stage.arguments[0] for stage in pipeline.stages] == ["curate", "pairs", "warmstart", "train", "report"]
 
