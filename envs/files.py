@@ -1,7 +1,14 @@
-"""Writing files whole: under a temporary name, then renamed."""
+"""Files written whole (under a temporary name, then renamed), and lists read line by line."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+from envs.errors import InputError
+
+_Item = TypeVar("_Item")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,3 +23,41 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _Item]) -> list[_Item]:
+    """The items of a JSON Lines file, in its order; empty lines are passed over.
+
+    Args:
+        path: UTF-8 text.
+        kind: what the file is, for messages: "manifest".
+        hint: what to do where it is not there or no text.
+        parse: makes an item with an `id` of what a line holds; its InputError is given the line's number.
+
+    Raises:
+        InputError: no such file, no text, no line, or a line that is no JSON, no item, or has the id of an earlier one.
+    """
+    if not path.is_file():
+        raise InputError(f"{kind} {path} does not exist: {hint}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits inside words
+    except UnicodeDecodeError as error:
+        raise InputError(f"{kind} {path} is not UTF-8 text ({error}): {hint}") from error
+    items: list[_Item] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item: Any = parse(json.loads(line))
+            if item.id in seen:
+                raise InputError(f"id '{item.id}' was already used on line {seen[item.id]}: ids must be unique")
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+        seen[item.id] = number
+        items.append(item)
+    if not items:
+        raise InputError(f"{kind} {path} is empty: give at least one line")
+    return items

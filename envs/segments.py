@@ -22,6 +22,7 @@ import numpy as np
 
 from envs.audio import audio_info, read_audio
 from envs.errors import InputError
+from envs.files import read_json_lines
 
 SEGMENT_AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
 _REQUIRED = ("id", "axis", "recording", "user_channel", "start", "end")
@@ -207,35 +208,17 @@ def read_manifest(path: Path) -> list[Segment]:
     Raises:
         InputError: the manifest is missing or empty, or one of its lines is wrong (with the line's number).
     """
-    if not path.is_file():
-        raise InputError(f"manifest {path} does not exist: give the path of a segments.jsonl")
-    segments: list[Segment] = []
     headers: dict[Path, tuple[int, int, float]] = {}
-    seen: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits inside words
-    except UnicodeDecodeError as error:
-        raise InputError(f"manifest {path} is not UTF-8 text ({error}): is this a segments.jsonl?") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            segment = parse_segment(json.loads(line), path.parent)
-            if segment.id in seen:
-                raise InputError(f"id '{segment.id}' was already used on line {seen[segment.id]}: ids must be unique")
-            for recording in filter(None, (segment.recording, segment.agent_recording)):
-                if recording not in headers:
-                    headers[recording] = audio_info(recording)
-            _check_recording(segment, headers)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-        seen[segment.id] = number
-        segments.append(segment)
-    if not segments:
-        raise InputError(f"manifest {path} holds no segment: give at least one line")
-    return segments
+
+    def parse(row: Any) -> Segment:
+        segment = parse_segment(row, path.parent)
+        for recording in filter(None, (segment.recording, segment.agent_recording)):
+            if recording not in headers:
+                headers[recording] = audio_info(recording)
+        _check_recording(segment, headers)
+        return segment
+
+    return read_json_lines(path, "manifest", "give the path of a segments.jsonl", parse)
 
 
 def _check_recording(segment: Segment, headers: dict[Path, tuple[int, int, float]]) -> None:

@@ -108,7 +108,6 @@ def _segments(name: str) -> tuple[list[Segment], Path]:
 
 
 def _check_writable(path: Path) -> None:
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.{os.getpid()}")
@@ -119,7 +118,6 @@ def _check_writable(path: Path) -> None:
 
 
 def _load(checkpoint: str, options: PairOptions) -> tuple[Bundle, MoshiPolicy, Streams]:
-
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -131,7 +129,6 @@ def _load(checkpoint: str, options: PairOptions) -> tuple[Bundle, MoshiPolicy, S
 
 
 def _from_conversations(arguments: argparse.Namespace, options: PairOptions) -> Path:
-
     entries = read_corpus(Path(arguments.corpus))
     judge = _judge(arguments)
     synthesiser = None
@@ -259,7 +256,6 @@ def _make(
 
 @contextmanager
 def _counting(console: Any, unit: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-
     columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(unit, total=total, completed=done)
@@ -312,7 +308,6 @@ def _finish(
 
 
 def _table(pairs: Sequence[Any], counts: Mapping[str, int]) -> Any:
-
     table = Table("", "count", title=None)
     kinds = Counter((pair.kind, pair.split) for pair in pairs)
     for kind in sorted({kind for kind, _ in kinds}):

@@ -177,7 +177,7 @@ class RayCluster:
         return {**found, "cluster/failures": float(self.failures)}
 
     def close(self) -> None:
-        if not ray.is_initialized():  # it was lost; asked to end a process, Ray would join whatever runs on this machine
+        if not ray.is_initialized():  # lost; asked to end a process, Ray would join whatever runs on this machine
             return
         self.pool.close()
         self._learners.close()

@@ -20,7 +20,7 @@ import numpy as np
 from envs.audio import AUDIO_SUFFIXES, audio_info, read_audio, write_audio
 from envs.episode import Word
 from envs.errors import InputError
-from envs.files import write_text
+from envs.files import read_json_lines, write_text
 from envs.speech import Interval
 
 AGENT_CHANNEL, USER_CHANNEL = 0, 1
@@ -85,28 +85,8 @@ def read_corpus(path: Path) -> list[Entry]:
                 raise InputError(f"corpus {path} is empty: give a folder of stereo recordings or a JSON Lines list")
             return [Entry(p.relative_to(path).with_suffix("").as_posix(), p) for p in found]
         path = lists[0]
-    if not path.is_file():
-        raise InputError(f"corpus {path} does not exist: give a folder or a JSON Lines list of recordings")
-    entries: list[Entry] = []
-    seen: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"corpus {path} is not UTF-8 text ({error}): give a folder or a JSON Lines list") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = _parse_entry(json.loads(line), path.parent)
-            if entry.id in seen:
-                raise InputError(f"`path` was already given on line {seen[entry.id]}")
-        except (json.JSONDecodeError, InputError) as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-        seen[entry.id] = number
-        entries.append(entry)
-    if not entries:
-        raise InputError(f"corpus {path} is empty: give at least one line")
-    return entries
+    hint = "give a folder or a JSON Lines list of recordings"
+    return read_json_lines(path, "corpus", hint, lambda row: _parse_entry(row, path.parent))
 
 
 def _parse_entry(row: Any, folder: Path) -> Entry:

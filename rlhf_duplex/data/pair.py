@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from envs.errors import InputError
+from envs.files import read_json_lines
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.codec import mimi_fingerprint
@@ -221,31 +222,13 @@ def read_pairs(path: Path, streams: StreamFormat | None = None) -> list[Pair]:
             pair is of another tokenizer or codec.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"pairs {path} do not exist: make them with rlhf-duplex pairs")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"pairs {path} are not UTF-8 text ({error}): is this a pairs.jsonl?") from error
-    pairs: list[Pair] = []
-    seen: dict[str, int] = {}
     shards: dict[Path, Callable[[str], torch.Tensor]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            pair = _parse(json.loads(line), path.parent, streams, shards)
-            if pair.id in seen:
-                raise InputError(f"id '{pair.id}' was already used on line {seen[pair.id]}: ids must be unique")
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-        seen[pair.id] = number
-        pairs.append(pair)
-    if not pairs:
-        raise InputError(f"pairs {path} hold no pair: give at least one line")
-    return pairs
+    return read_json_lines(
+        path,
+        "list of pairs",
+        "give the path of a pairs.jsonl, as rlhf-duplex pairs makes it",
+        lambda row: _parse(row, path.parent, streams, shards),
+    )
 
 
 def _parse(

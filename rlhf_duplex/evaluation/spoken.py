@@ -24,6 +24,7 @@ from envs.audio import audio_info, read_audio
 from envs.dialogues import UserSides
 from envs.episode import Episode, Word
 from envs.errors import InputError
+from envs.files import read_json_lines
 from envs.frames import samples_in
 from envs.segments import Segment
 from envs.speech import SpeechDetector
@@ -74,25 +75,9 @@ def read_items(suite: str, folder: Path | None) -> list[Item]:
     Raises:
         InputError: no such file, or a line of it is wrong (with its number).
     """
-    import json
-
     path = (folder or Path(__file__).parents[1] / "nano_data" / "words") / FILES[suite]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: --suite {suite} needs it in the folder that --data names")
-    items: list[Item] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = _item(suite, json.loads(line), path.parent)
-            if any(other.id == item.id for other in items):
-                raise InputError(f"id '{item.id}' was used before: ids must be unique")
-        except (InputError, ValueError) as error:
-            raise InputError(f"{path}:{number}: {error}") from error
-        items.append(item)
-    if not items:
-        raise InputError(f"{path} holds no item: give at least one line")
-    return items
+    hint = f"--suite {suite} needs it in the folder that --data names"
+    return read_json_lines(path, "set", hint, lambda row: _item(suite, row, path.parent))
 
 
 def _item(suite: str, row: Any, folder: Path) -> Item:

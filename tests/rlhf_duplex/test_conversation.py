@@ -60,7 +60,7 @@ def test_a_corpus_is_a_list_or_a_folder(tmp_path, entry):
         ("{", r"data.jsonl:1: "),
         ('{"file": "a.wav"}', r'data.jsonl:1: a line must be such as \{"path"'),
         ('{"path": "a.wav", "duration": "ten"}', "data.jsonl:1: `duration` must be seconds, found 'ten'"),
-        ('{"path": "a.wav"}\n{"path": "a.flac"}', "data.jsonl:2: `path` was already given on line 1"),
+        ('{"path": "a.wav"}\n{"path": "a.flac"}', "data.jsonl:2: id 'a' was already used on line 1"),
     ],
 )
 def test_a_wrong_list_is_named(tmp_path, text, message):

@@ -105,7 +105,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(InputError, match="do not exist"):
         read_pairs(path)
     path.write_text("\n")
-    with pytest.raises(InputError, match="hold no pair"):
+    with pytest.raises(InputError, match="is empty: give at least one line"):
         read_pairs(path)
     path.write_text("{")
     with pytest.raises(InputError, match=r"pairs.jsonl:1: not valid JSON"):

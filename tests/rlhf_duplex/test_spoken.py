@@ -82,7 +82,7 @@ def test_refusals_are_judged(tmp_path, monkeypatch):
         ('{"id": "q", "audio": "none.wav", "answers": ["a b"]}', "does not exist"),
         ('{"id": "q", "audio": "q.wav", "answers": ["a b"], "answer": 1}', "unknown key"),
         ("{", "questions.jsonl:1"),
-        ("", "holds no item"),
+        ("", "is empty: give at least one line"),
     ],
 )
 def test_bad_sets(tmp_path, line, message):
