@@ -229,7 +229,7 @@ def _report(options: argparse.Namespace) -> int:
 def _ablate(options: argparse.Namespace) -> int:
     from rlhf_duplex.ablate.plan import load_plan
     from rlhf_duplex.ablate.run import ablate, finish, show_plan
-    from rlhf_duplex.trainer import make_console
+    from rlhf_duplex.run_folder import make_console
 
     plan = load_plan(options.config, options.overrides)
     if options.dry_run:
@@ -244,7 +244,7 @@ def _ablate(options: argparse.Namespace) -> int:
 def _rewards(options: argparse.Namespace) -> int:
     from envs.errors import InputError
     from rlhf_duplex.rewards_command import check_axes, list_axes
-    from rlhf_duplex.trainer import make_console
+    from rlhf_duplex.run_folder import make_console
 
     if options.name != "check":
         list_axes(options.name, make_console())

@@ -23,7 +23,7 @@ from envs.errors import InputError
 from rlhf_duplex.data.pair import Pair, read_pairs
 from rlhf_duplex.policy.bundle import find_bundle
 from rlhf_duplex.policy.lora import add_lora, part_of
-from rlhf_duplex.trainer import make_console
+from rlhf_duplex.run_folder import make_console
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids

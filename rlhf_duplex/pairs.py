@@ -34,11 +34,12 @@ from rlhf_duplex.data.parts import Part, PartStore, assemble, file_state
 from rlhf_duplex.data.rollout_pairs import dialogue_of, rollout_parts
 from rlhf_duplex.data.streams import Streams
 from rlhf_duplex.data.synthesis import make_synthesiser
+from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.pairs import build_pairs_page
-from rlhf_duplex.trainer import NANO_DATA, make_console, progress
+from rlhf_duplex.run_folder import make_console, progress
 
 
 def _options(arguments: argparse.Namespace) -> PairOptions:

@@ -114,7 +114,7 @@ def _parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 def _recorded_episodes(of_each: int = 4) -> list[Episode]:
     """The first recorded dialogues of each axis that ship with nano: what people (here: a recipe) did."""
-    from rlhf_duplex.trainer import NANO_DATA
+    from rlhf_duplex.inputs import NANO_DATA
 
     chosen = []
     for axis in SEGMENT_AXES:

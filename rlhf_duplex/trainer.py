@@ -27,7 +27,7 @@ from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.during import record_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values
 from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
-from rlhf_duplex.inputs import NANO_DATA, Inputs, check_machine, first_of_each, load_inputs, load_segments
+from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs
 from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
 from rlhf_duplex.report.build import build_report
@@ -35,11 +35,6 @@ from rlhf_duplex.rollout import episode_seed
 from rlhf_duplex.run_folder import StoppedError, make_console, prepare_run_dir, progress, stop_requests
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.tracking import MetricsLog, read_metrics
-
-__all__ = [
-    "NANO_DATA", "Inputs", "Trainer", "check_machine", "evaluate", "first_of_each", "load_inputs", "load_segments",
-    "make_console", "prepare_run_dir", "progress", "stop_requests", "train",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

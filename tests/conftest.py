@@ -35,7 +35,7 @@ def silero():
 @pytest.fixture(scope="session")
 def nano_segments():
     from envs.segments import read_manifest
-    from rlhf_duplex.trainer import NANO_DATA
+    from rlhf_duplex.inputs import NANO_DATA
 
     return read_manifest(NANO_DATA / "heldout" / "segments.jsonl")
 

@@ -36,7 +36,7 @@ from rlhf_duplex.policy.memory import dialogues_that_fit
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.rollout import episode_seed, rollout
-from rlhf_duplex.trainer import progress
+from rlhf_duplex.run_folder import progress
 
 # arXiv 2606.11167: epochs of 32 segments, 16 episodes each.
 PAPER_UPDATES, PAPER_GROUPS, PAPER_GROUP_SIZE = 100, 32, 16

@@ -15,7 +15,9 @@ from rich.console import Console
 
 from envs.segments import read_manifest, write_manifest
 from rlhf_duplex.config import load_config
-from rlhf_duplex.trainer import NANO_DATA, Trainer, load_inputs, prepare_run_dir
+from rlhf_duplex.inputs import NANO_DATA, load_inputs
+from rlhf_duplex.run_folder import prepare_run_dir
+from rlhf_duplex.trainer import Trainer
 
 
 def peak_memory_mb(device: torch.device) -> float:

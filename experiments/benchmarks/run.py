@@ -23,7 +23,7 @@ from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
-from rlhf_duplex.trainer import progress
+from rlhf_duplex.run_folder import progress
 
 SAMPLING = Sampling(text_temperature=0.7, text_top_k=0, audio_temperature=0.8, audio_top_k=0)
 

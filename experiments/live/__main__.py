@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     from envs.errors import InputError
     from experiments.live.compare import run
-    from rlhf_duplex.trainer import make_console
+    from rlhf_duplex.run_folder import make_console
 
     try:
         path = run(arguments, make_console())

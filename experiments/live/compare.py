@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.errors import InputError
+from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.cli import main as command
 from rlhf_duplex.config import load_config
 from rlhf_duplex.evaluation.live import run_live
 from rlhf_duplex.evaluation.metrics import direction
 from rlhf_duplex.evaluation.statistics import bootstrap_interval, holm, permutation_test
 from rlhf_duplex.evaluation.systems import parse_systems
-from rlhf_duplex.trainer import last_checkpoint
 
 METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
 KINDS = ("replay", "live")

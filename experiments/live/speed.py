@@ -14,11 +14,11 @@ import torch
 from envs.cores import cores
 from envs.segments import read_manifest
 from envs.speech import SileroDetector
+from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.live import live_environment
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import rollout
-from rlhf_duplex.trainer import NANO_DATA
 
 
 def measure(dialogues: int, seconds: float) -> dict[str, float]:

@@ -92,7 +92,7 @@ def _no_context(base: Config) -> str:
     """Why the base has no context to take away; empty where it has."""
     if base.context.probability == 0 or base.context.max_seconds == 0:
         return "the base has no context (context.probability or context.max_seconds is 0)"
-    from rlhf_duplex.trainer import NANO_DATA
+    from rlhf_duplex.inputs import NANO_DATA
 
     path = NANO_DATA / "train" / "segments.jsonl" if base.segments == "nano" else Path(base.segments)
     longest = max(segment.start for segment in read_manifest(path))

@@ -48,7 +48,7 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
     Raises:
         InputError: the folder holds another ablation, is in use, or cannot be written.
     """
-    from rlhf_duplex.trainer import make_console, stop_requests
+    from rlhf_duplex.run_folder import make_console, stop_requests
 
     console = console or make_console()
     for trial in plan.trials:
@@ -108,7 +108,7 @@ def _forget_failures(plan: Plan) -> None:
 
 def _run_all(plan: Plan, console: Console, stopping: Callable[[], bool]) -> str:
     """All trials that are open; gives why it ended before they all had, or nothing."""
-    from rlhf_duplex.trainer import progress
+    from rlhf_duplex.run_folder import progress
 
     waiting = [trial for trial in plan.trials if _is_open(plan, trial)]
     log = _Log(plan, console, len(plan.trials) - len(waiting))

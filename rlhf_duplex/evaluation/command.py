@@ -117,7 +117,8 @@ def _heldout(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 
 def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> dict[str, Any]:
     from rlhf_duplex.evaluation.systems import parse_systems
-    from rlhf_duplex.trainer import check_machine, make_console
+    from rlhf_duplex.inputs import check_machine
+    from rlhf_duplex.run_folder import make_console
 
     console = make_console()
     chosen = list(options.checkpoint)

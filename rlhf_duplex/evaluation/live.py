@@ -57,7 +57,8 @@ def run_live(
     Raises:
         InputError: what is wrong, before a model is loaded.
     """
-    from rlhf_duplex.trainer import load_segments, progress
+    from rlhf_duplex.inputs import load_segments
+    from rlhf_duplex.run_folder import progress
 
     detector = make_detector(config.detector.name, **config.detector.options)
     if not isinstance(detector, SileroDetector):

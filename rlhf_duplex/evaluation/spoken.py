@@ -146,7 +146,7 @@ def run_spoken(
     Raises:
         InputError: what is wrong, before a model is loaded.
     """
-    from rlhf_duplex.trainer import progress
+    from rlhf_duplex.run_folder import progress
 
     items = read_items(suite, folder)
     judge = None if judge_options is None else Judge(judge_options)

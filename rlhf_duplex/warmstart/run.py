@@ -23,6 +23,7 @@ from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.data.pair import Pair, read_pairs, stream_format
 from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import evaluate_policy
+from rlhf_duplex.inputs import NANO_DATA, check_machine, first_of_each, load_segments
 from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
 from rlhf_duplex.policy.lora import add_lora, export_moshi_lora
@@ -30,17 +31,8 @@ from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
+from rlhf_duplex.run_folder import make_console, prepare_run_dir, progress, stop_requests
 from rlhf_duplex.tracking import MetricsLog, read_metrics
-from rlhf_duplex.trainer import (
-    NANO_DATA,
-    check_machine,
-    first_of_each,
-    load_segments,
-    make_console,
-    prepare_run_dir,
-    progress,
-    stop_requests,
-)
 from rlhf_duplex.warmstart.config import DECIDES_NUMBERS, MAY_CHANGE, WarmstartConfig
 from rlhf_duplex.warmstart.reference import read_references, reference_key, score_pairs, write_references
 from rlhf_duplex.warmstart.trainer import PairDataset, PreferenceTrainer

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from envs.segments import write_manifest
 from rlhf_duplex.config import load_config
-from rlhf_duplex.trainer import load_inputs, prepare_run_dir, running
+from rlhf_duplex.inputs import load_inputs
+from rlhf_duplex.run_folder import prepare_run_dir
+from rlhf_duplex.trainer import running
 
 AXIS = """
 import numpy as np

@@ -15,8 +15,8 @@ import soundfile
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
+from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import NANO_FOLDER
-from rlhf_duplex.trainer import NANO_DATA
 from rlhf_duplex.warmstart.config import load_warmstart_config
 
 ROOT = Path(__file__).parents[2]

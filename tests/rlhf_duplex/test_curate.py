@@ -21,7 +21,7 @@ from envs import InputError, read_manifest
 from rlhf_duplex.cli import main
 from rlhf_duplex.data.curate import curate
 from rlhf_duplex.data.curate_options import Criteria, CurateOptions, VoiceActivity
-from rlhf_duplex.trainer import NANO_DATA
+from rlhf_duplex.inputs import NANO_DATA
 
 ROOT = Path(__file__).parents[2]
 SHORT = Criteria(pause_min=2.0, turn_min=1.5, backchannel_min=2.0, interruption_min=1.0)  # nano's dialogues are short

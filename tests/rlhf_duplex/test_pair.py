@@ -102,7 +102,7 @@ def test_a_wrong_line_is_named(tmp_path, change, message):
 
 def test_files_that_are_none(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    with pytest.raises(InputError, match="do not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         read_pairs(path)
     path.write_text("\n")
     with pytest.raises(InputError, match="is empty: give at least one line"):

@@ -25,9 +25,9 @@ from rlhf_duplex.cli import main
 from rlhf_duplex.data.conversation import read_corpus, read_words
 from rlhf_duplex.data.pair import read_pairs, shard_folder, stream_format
 from rlhf_duplex.data.streams import Streams
+from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.report.pairs import pair_episodes
-from rlhf_duplex.trainer import NANO_DATA
 
 ROOT = Path(__file__).parents[2]
 # Nano answers late rather than never: a turn counts as unanswered after a second.

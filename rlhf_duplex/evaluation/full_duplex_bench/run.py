@@ -32,7 +32,7 @@ from rlhf_duplex.evaluation.full_duplex_bench.worst import worst_cases
 from rlhf_duplex.evaluation.metrics import SegmentValues, write_results
 from rlhf_duplex.evaluation.speech_quality import Predictor, predict_quality
 from rlhf_duplex.evaluation.systems import System, load_policy
-from rlhf_duplex.trainer import progress
+from rlhf_duplex.run_folder import progress
 
 
 @dataclass(frozen=True)
