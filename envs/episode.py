@@ -12,6 +12,7 @@ import soundfile
 
 from envs.audio import write_audio
 from envs.errors import InputError
+from envs.files import write_text
 from envs.frames import frame_at
 from envs.segments import Segment, parse_segment
 from envs.speech import Interval, SpeechDetector
@@ -129,7 +130,7 @@ class Episode:
             "policy_version": self.policy_version,
             "samples": [len(self.user_audio), len(self.agent_audio)],
         }
-        (temporary / "episode.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        write_text(temporary / "episode.json", json.dumps(record, ensure_ascii=False))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 

@@ -74,7 +74,8 @@ def analyse_floor(user: Sequence[Interval], agent: Sequence[Interval], start: fl
     """
     user, agent = (clip_intervals(speech, start, end) for speech in (user, agent))
     user_turns = [turn for turn in utterances(user) if _is_turn(turn)]
-    spoken = utterances(agent)
+    ends = [turn.end for turn in user_turns]
+    spoken = [part for whole in utterances(agent) for part in _apart(whole, ends)]
     agent_turns = [turn for turn in spoken if _is_turn(turn)]
     floor = Floor(user_seconds=sum(interval.duration for interval in user))
     units = [unit for turn in agent_turns for unit in turn.units]
@@ -99,6 +100,17 @@ def analyse_floor(user: Sequence[Interval], agent: Sequence[Interval], start: fl
         else:
             floor.waits.append(max(0.0, until - turn.end))
     return floor
+
+
+def _apart(utterance: Utterance, ends: Sequence[float]) -> list[Utterance]:
+    """Cut in the silences in which a turn of the user ends: what follows is an answer, not the same speech going on."""
+    groups = [[utterance.units[0]]]
+    for unit in utterance.units[1:]:
+        if any(groups[-1][-1].end <= end <= unit.start for end in ends):
+            groups.append([unit])
+        else:
+            groups[-1].append(unit)
+    return [Utterance(tuple(group)) for group in groups]
 
 
 def _is_turn(utterance: Utterance) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from envs.codec import Codec
 from envs.ear import Ear
-from envs.frames import samples_in
+from envs.frames import frames_in, samples_in
 from envs.segments import Segment
 from envs.speech import SpeechDetector
 from envs.utterance_bank import BankUtterance
@@ -89,7 +89,7 @@ def draw_scripts(
 ) -> list[Script]:
     """Scripts of dialogues of about `seconds`, drawn from a seed: turns, pausing and long ones, and interruptions.
 
-    Every script opens with a turn. About a third of what follows are interruptions where the bank has any.
+    Every script opens with a turn. An interruption is twice as likely as any other kind that the bank has.
     """
     scripts = []
     for index in range(count):
@@ -211,20 +211,24 @@ class _Speaker:
         """The dialogue with what was said and when, in seconds from the end of the lead-in."""
         transcript = []
         ends = [*self.ends, self._now]
+
+        def shown(time: float) -> float:
+            return min(time - lead_in, dialogue.end)  # the user speaks a frame more than is played
+
         for (start, index), end in zip(self.spoken, ends, strict=False):
             for word, first, last in self.script.moves[index].utterance.words:
                 if start + first < end:
                     transcript.append((word, (start + first - lead_in, start + last - lead_in), "user"))
         events: dict[str, Any] = {
             "barge_ins": [
-                [start - lead_in, end - lead_in]
+                [shown(start), shown(end)]
                 for (start, index), end in zip(self.spoken, ends, strict=False)
                 if index in self.barge_ins
             ],
-            "yields": [time - lead_in for time in self.yields],
+            "yields": [shown(time) for time in self.yields],
         }
         if self.ends:
-            events["user_turn_end"] = self.ends[0] - lead_in
+            events["user_turn_end"] = shown(self.ends[0])
         return Segment(dialogue.id, dialogue.axis, dialogue.recording, 1, 0.0, dialogue.end, events, tuple(transcript))
 
 
@@ -250,7 +254,7 @@ class ScriptedUser:
         self._scripts = {script.id: script for script in scripts}
         self._codec, self._stream = codec, stream
         self._ear = Ear(detector, codec.sample_rate)
-        self._silent_frames = max(1, round(lead_in * codec.frame_rate))
+        self._silent_frames = max(1, frames_in(lead_in, codec.frame_rate))  # as the environment counts them
 
     def begin(self, dialogues: Sequence[Segment]) -> torch.Tensor:
         """See `LiveUser.begin`."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from envs.audio import audio_info, read_audio
 from envs.errors import InputError
-from envs.files import read_json_lines
+from envs.files import read_json_lines, write_text
 
 SEGMENT_AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
 _REQUIRED = ("id", "axis", "recording", "user_channel", "start", "end")
@@ -183,9 +183,14 @@ def parse_segment(row: Any, folder: Path) -> Segment:
         raise InputError(wrong)
     transcript = row.get("transcript") or []
     if not isinstance(transcript, list) or not all(
-        isinstance(word, list) and len(word) == 3 and isinstance(word[0], str) for word in transcript
+        isinstance(word, list)
+        and len(word) == 3
+        and isinstance(word[0], str)
+        and _interval(word[1])
+        and word[2] in ("user", "agent")
+        for word in transcript
     ):
-        raise InputError(f"`transcript` must be a list of [word, [start, end], speaker], found {transcript!r}")
+        raise InputError('`transcript` must be a list of [word, [start, end], "user" or "agent"], in seconds')
     agent = row.get("agent_recording")
     if agent is not None and (not isinstance(agent, str) or not agent):
         raise InputError(f"`agent_recording` must be a path, found {agent!r}")
@@ -242,9 +247,5 @@ def _check_recording(segment: Segment, headers: dict[Path, tuple[int, int, float
 
 def write_manifest(path: Path, segments: Iterable[Segment]) -> None:
     """Write a manifest atomically, recordings relative to its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for segment in segments:
-            file.write(json.dumps(segment.to_json(path.parent), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    rows = (json.dumps(segment.to_json(path.parent), ensure_ascii=False) for segment in segments)
+    write_text(path, "".join(f"{row}\n" for row in rows))

@@ -97,6 +97,8 @@ class JudgeConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value < float("inf") or (name == "timeout" and value == 0):
                 raise InputError(f"judge: {name} must be a number of at least 0, found {value!r}")
+        if self.cache is not None and (not isinstance(self.cache, str) or not self.cache):
+            raise InputError(f"judge: cache must be a folder, or null to keep no verdicts, found {self.cache!r}")
         if not isinstance(self.extra_body, Mapping):
             raise InputError("judge: extra_body must be a mapping of further keys of the request")
         if self.budget is not None and not (self.price_input > 0 or self.price_output > 0):
@@ -110,7 +112,7 @@ class JudgeConfig:
         """The key, from the environment.
 
         Raises:
-            InputError: the variable is not set.
+            InputError: the variable is not set, or what it holds is no key.
         """
         if self.key_variable is None:
             return "none"
@@ -119,6 +121,8 @@ class JudgeConfig:
             raise InputError(
                 f"judge: the environment variable {self.key_variable} is not set: put the endpoint's key there"
             )
+        if not re.fullmatch(r"[\x21-\x7e]+", key):  # not shown; no header can hold it, and the client would quote it
+            raise InputError(f"judge: {self.key_variable} holds a space, a line break or no ASCII: put one key there")
         return key
 
 

@@ -59,6 +59,7 @@ class Judge:
         self.config = config
         self.meter = Meter()
         self.last_failure = ""
+        self._cause = ""  # of the last call that failed
         self._cache = VerdictCache(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
@@ -115,6 +116,9 @@ class Judge:
         self._client = AsyncOpenAI(
             base_url=config.base_url, api_key=config.key(), timeout=config.timeout, max_retries=0
         )
+        # The client takes these from OPENAI_*, whoever's endpoint it is.
+        self._client.organization = self._client.project = None
+        self._client._custom_headers = {}
         self._breaker = CircuitBreaker(config.failures, config.cooldown)
         self._in_flight = asyncio.Semaphore(config.concurrency)
         self._settled = asyncio.Condition()
@@ -180,7 +184,7 @@ class Judge:
                     return await self._call(messages, rubric, attempt)
             except _Again as error:
                 why, wait = str(error), error.wait
-            self.last_failure = why
+            self.last_failure = self._cause = why
             if wait is None:
                 wait = min(config.max_wait, config.backoff * 2**attempt) * self._jitter.uniform(0.5, 1.0)
             if wait > config.max_wait:
@@ -252,7 +256,7 @@ class Judge:
 
         config = self.config
         if not await self._breaker.admit():
-            raise _Unjudgeable(f"{config.base_url} is down (last: {self.last_failure})")
+            raise _Unjudgeable(f"{config.base_url} is down (last: {self._cause})")
         started = time.monotonic()
         answered = False
         self.meter.calls += 1
@@ -267,7 +271,7 @@ class Judge:
         except APIConnectionError as error:
             raise _Again(self._clean(f"no connection ({error.__cause__ or error})")) from error
         except APIStatusError as error:
-            answered = error.status_code < 500
+            answered = error.status_code < 500 or error.status_code == 501  # 501 is an answer: not like this
             raise self._refusal(error) from error
         finally:
             self.meter.seconds += time.monotonic() - started

@@ -5,10 +5,15 @@ finer is known.
 """
 
 import functools
+import hashlib
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from envs.audio import resample
 from envs.episode import Episode, Word
@@ -20,6 +25,7 @@ from envs.utterances import MAX_PAUSE_SECONDS, clip_intervals, utterances
 
 SIDES = ("user", "agent")
 _MARGIN_SECONDS = 0.1
+_LONGEST_SECONDS = 29.0  # Whisper hears 30 s at a time, and refuses more
 _KEPT = 8192
 
 
@@ -62,15 +68,16 @@ class CorpusWords:
         return [self._words(episode) for episode in episodes]
 
     def prepare(self, segments: Sequence[Segment]) -> None:
-        without = [segment for segment in segments if not segment.transcript]
+        without = [segment for segment in segments if not _has_user(segment)]
         if without:
             raise InputError(
-                f"{len(without)} of {len(segments)} segments have no transcript (the first is '{without[0].id}'): "
-                "add `transcript` to the manifest, or recognise the user's speech (`user: asr, asr: {model: ...}`)"
+                f"{len(without)} of {len(segments)} segments have no transcript of the user (the first is "
+                f"'{without[0].id}'): add `transcript` to the manifest, or recognise the user's speech "
+                "(`user: asr, asr: {model: ...}`)"
             )
 
     def _words(self, episode: Episode) -> list[Word] | None:
-        if not episode.segment.transcript:
+        if not _has_user(episode.segment):
             return None
         words = [
             Word(str(text), episode.at(float(start)), episode.at(float(end)))
@@ -84,6 +91,10 @@ class CorpusWords:
         if word.start >= episode.scored_from - 1e-6:
             return word.start < episode.duration
         return any(Interval(word.start, word.end).overlap(spoken) > 0 for spoken in episode.user_speech)
+
+
+def _has_user(segment: Segment) -> bool:
+    return any(speaker == "user" for *_, speaker in segment.transcript)
 
 
 @dataclass
@@ -150,12 +161,9 @@ class SpeechRecogniser:
     def _parts(self, episode: Episode) -> list["_Part"]:
         if self.side == "agent":
             return [_Part(None, episode, 0.0, episode.duration, self.side)]
-        segment, start = episode.segment, episode.scored_from
-        whose = (str(segment.recording), segment.user_channel, segment.start)
-        parts = [_Part((*whose, segment.end, episode.duration - start), episode, start, episode.duration, self.side)]
-        if start > 0:
-            parts.insert(0, _Part((*whose, "before", start), episode, 0.0, start, self.side))
-        return parts
+        start = episode.scored_from
+        spans = [(0.0, start)] * (start > 0) + [(start, episode.duration)]
+        return [_Part(_heard(episode, *span), episode, *span, self.side) for span in spans]
 
     def _recognise(self, parts: Sequence["_Part"]) -> list[list[Word]]:
         """The words of each part, with times from the part's beginning."""
@@ -180,6 +188,13 @@ class SpeechRecogniser:
         return words
 
 
+def _heard(episode: Episode, start: float, end: float) -> tuple[bytes, int]:
+    """What the user said there, as a key: a live user says something else in every episode of a dialogue."""
+    rate = episode.sample_rate
+    part = np.ascontiguousarray(episode.user_audio[samples_in(start, rate) : samples_in(end, rate)])
+    return hashlib.blake2b(part.tobytes(), digest_size=16).digest(), rate
+
+
 @dataclass(frozen=True)
 class _Part:
     """A stretch of an episode that is recognised, and kept under `key` where it has one."""
@@ -193,7 +208,12 @@ class _Part:
     def utterances(self) -> list[Interval]:
         speech = self.episode.user_speech if self.side == "user" else self.episode.agent_speech
         within = utterances(clip_intervals(speech, self.start, self.end), MAX_PAUSE_SECONDS)
-        return [Interval(spoken.start, spoken.end) for spoken in within]
+        pieces = []
+        for spoken in within:
+            count = math.ceil(spoken.duration / _LONGEST_SECONDS)
+            edges = [spoken.start + spoken.duration * n / count for n in range(count)] + [spoken.end]
+            pieces += [Interval(*pair) for pair in itertools.pairwise(edges)]
+        return pieces
 
     def cut(self, spoken: Interval, rate: int) -> Any:
         """The audio of an utterance `(N,)` with a little before and after it, at `rate`."""

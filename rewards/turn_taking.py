@@ -25,7 +25,8 @@ class TurnTaking(RewardAxis):
     - The turn end is the event `user_turn_end`, else the end of the user's first utterance in the scored window.
 
     Details: `takeover` (an utterance decided), `barge_in`, `user_turn_end`; with a takeover also `latency` (d, seconds,
-    negative in a barge-in) and `response` `[start, end]`. None where the episode ended before the turn did.
+    negative in a barge-in) and `response` `[start, end]`. None where nobody took the turn and the episode
+    ended before it did.
 
     Attributes:
         takeover_seconds: an utterance longer than this takes the turn (paper: 1 s).

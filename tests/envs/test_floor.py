@@ -72,3 +72,19 @@ def test_what_precedes_the_window_is_not_looked_at():
     assert floor.turns == 1
     assert floor.stops == []
     assert floor.offsets == pytest.approx([0.5])
+
+
+def test_an_agent_that_yields_at_once_and_answers_at_once():
+    # It stops 0.4 s after the user began, and answers 0.1 s after the user's end: two utterances, though the silence
+    # between them is less than a second.
+    floor = analyse_floor(spans((0, 2), (5, 6.2)), spans((2.3, 5.4), (6.3, 9)), 0, 12)
+    assert floor.stops == pytest.approx([0.4])
+    assert floor.offsets == pytest.approx([0.3, 0.1])
+    talks_on = analyse_floor(spans((0, 2), (5, 6.2)), spans((2.3, 6.2), (7.3, 9)), 0, 12)
+    assert floor.seconds_lost < talks_on.seconds_lost
+
+
+def test_a_backchannel_just_before_the_answer_is_no_barge_in():
+    floor = analyse_floor(spans((2, 6)), spans((5.0, 5.4), (6.2, 9)), 0, 12)
+    assert (floor.barge_ins, floor.backchannels, floor.overlap) == (0, 1, 0.0)
+    assert floor.offsets == pytest.approx([0.2])

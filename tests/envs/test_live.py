@@ -18,6 +18,7 @@ from envs import (
     utterance_bank,
 )
 from envs.ear import Ear
+from envs.episode import Episode
 from envs.frames import frames_in
 from envs.scripted_user import Move, Script
 from envs.segments import Segment
@@ -47,7 +48,7 @@ def agent_codes(nano, seconds, spoken, voice):
     audio = np.zeros(frames_in(seconds, 12.5) * nano.codec.frame_samples, dtype=np.float32)
     for start, end in spoken:
         first = round(start * nano.codec.sample_rate)
-        part = voice[: round((end - start) * nano.codec.sample_rate)]
+        part = voice[: round((end - start) * nano.codec.sample_rate)][: len(audio) - first]
         audio[first : first + len(part)] = part
     return nano.codec.encode(torch.from_numpy(audio)[None])[0]
 
@@ -58,7 +59,8 @@ def play(nano, silero, stream, script, seconds, spoken, voice, lead_in=0.4):
     (dialogue,) = dialogue_segments([script.id], seconds)
     env = DuplexLiveVectorEnv([dialogue], user, nano.codec, silero, lead_in=lead_in)
     env.reset(options={"segments": [dialogue]})
-    codes = agent_codes(nano, seconds + lead_in, spoken, voice)
+    frames = frames_in(lead_in, 12.5) + frames_in(seconds, 12.5)
+    codes = agent_codes(nano, frames / 12.5, spoken, voice)
     for frame in range(codes.shape[1]):
         action = torch.cat([torch.tensor([3]), codes[:, frame]])[None]
         _, _, terminated, truncated, infos = env.step(action)
@@ -143,6 +145,25 @@ def test_the_user_barges_in_and_yields(nano, silero, stream, bank, voice):
         assert len(given_up) == yields
         expected = 2.2 if yields else end
         assert said.event_time("user_turn_end") == pytest.approx(expected, abs=0.5)
+
+
+def test_an_episode_that_breaks_off_is_saved_and_its_times_are_those_of_the_audio(
+    nano, silero, stream, bank, voice, tmp_path
+):
+    turn, barge = bank["turn"][0], bank["interruption"][0]
+    end = 1.04 + turn.seconds  # a lead-in of 1 s is 13 frames
+    script = Script("breaks", (Move(turn, 0.4, 3.0, None, False), Move(barge, 0.4, 3.0, 1.0, False)))
+    # Cut while the user still barges in: 0.2 s into it.
+    begun = play(nano, silero, stream, script, 12.0, [(end + 0.5, end + 5.0)], voice, lead_in=1.0)
+    assert begun.scored_from == pytest.approx(1.04)
+    assert begun.event_time("user_turn_end") == pytest.approx(end, abs=0.045)
+    ((start, _),) = begun.event_intervals("barge_ins")
+    seconds = round(start - 1.04 + 0.2, 2)
+    cut = play(nano, silero, stream, script, seconds, [(end + 0.5, end + 5.0)], voice, lead_in=1.0)
+    ((_, last),) = cut.event_intervals("barge_ins")
+    assert last <= cut.duration + 1e-6
+    cut.save(tmp_path / "episode")
+    assert Episode.load(tmp_path / "episode").segment.events == cut.segment.events
 
 
 def test_nano_talks_the_same_in_any_company(nano, silero, stream, bank):

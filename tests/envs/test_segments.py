@@ -96,3 +96,21 @@ def test_no_manifest_an_empty_one_and_one_that_is_no_text(tmp_path, write_rows):
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_manifest(tmp_path / "binary.jsonl")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [["hi", None, "user"], ["hi", [1.0], "user"], ["hi", [0.0, float("nan")], "user"], ["hi", [0, 1], "SPEAKER_MAIN"]],
+)
+def test_words_without_times_or_with_an_unknown_speaker(write_dialogue, write_rows, row, word):
+    write_dialogue()
+    with pytest.raises(InputError, match=r"segments.jsonl:1: `transcript` must be a list"):
+        read_manifest(write_rows(row(transcript=[word])))
+
+
+def test_half_a_surrogate_pair_does_not_stop_a_manifest(write_dialogue, write_rows, row, tmp_path):
+    write_dialogue()
+    [segment] = read_manifest(write_rows(row(transcript=[["h\ud83d", [0.0, 1.0], "user"]])))
+    write_manifest(tmp_path / "again.jsonl", [segment])
+    assert read_manifest(tmp_path / "again.jsonl")[0].transcript[0][0] == "h?"
+    assert not list(tmp_path.glob(".again*"))

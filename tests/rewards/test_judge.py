@@ -1,5 +1,6 @@
 """The judge's client against a real HTTP server that speaks the protocol, and has every fault a server can have."""
 
+import concurrent.futures
 import math
 import pickle
 import re
@@ -142,15 +143,20 @@ def test_a_refusal_for_good_is_not_repeated(status, tmp_path):
     assert "go away" in judge.last_failure
 
 
-def test_without_structured_output_the_answer_is_parsed_strictly(tmp_path):
+@pytest.mark.parametrize("status", [400, 501])
+def test_without_structured_output_the_answer_is_parsed_strictly(tmp_path, status):
     def no_schemas(_, request):
-        return (400, {}, "response_format is not supported") if "response_format" in request else None
+        return (status, {}, "response_format is not supported") if "response_format" in request else None
 
     with faulty_server(no_schemas) as server:
         judge = make_judge(server, tmp_path, concurrency=1)
         verdicts = judge.ask(different_questions(5))
     assert [v.scores["score"] for v in verdicts] == [2] * 5
     assert server.calls == 6  # found out once, and remembered
+    with faulty_server(no_schemas) as server:  # asked by all at once it is no sign that the server is down
+        assert None not in make_judge(server, tmp_path, concurrency=16, failures=4, cache=None).ask(
+            different_questions(30)
+        )
     with faulty_server(lambda *_: (400, {}, "the prompt is too long")) as server:
         judge = make_judge(server, tmp_path, concurrency=1)
         assert judge.ask([question("one"), question("two")]) == [None, None]
@@ -231,10 +237,12 @@ def test_the_cache_depends_on_everything_that_matters(tmp_path):
         assert server.calls == 6
         make_judge(server, tmp_path, cache=None).ask([question(REPLY)])
         assert server.calls == 7
-        for file in (tmp_path / "cache").rglob("*.json"):
-            file.write_text('{"reason": "", "score": 7}' if server.calls % 2 else "{")
-        [verdict] = make_judge(server, tmp_path).ask([question(REPLY)])
-        assert (verdict.scores, server.calls) == ({"score": 2}, 8)  # a damaged file is asked anew
+        for damaged in ('{"reason": "", "score": 7}', "{"):
+            for file in (tmp_path / "cache").rglob("*.json"):
+                file.write_text(damaged)
+            calls = server.calls
+            [verdict] = make_judge(server, tmp_path).ask([question(REPLY)])
+            assert (verdict.scores, server.calls) == ({"score": 2}, calls + 1)  # a damaged file is asked anew
 
 
 def test_a_cache_that_cannot_be_written_loses_no_verdict(tmp_path, caplog):
@@ -368,7 +376,7 @@ def test_begin_returns_at_once_and_close_cancels(tmp_path):
         assert None not in waiting.result(5)
         abandoned = judge.begin([question(REPLY, "never mind")])
         judge.close()
-        with pytest.raises(BaseException, match=r"^$"):
+        with pytest.raises(concurrent.futures.CancelledError):
             abandoned.result(5)
         assert judge.ask([question(REPLY)])[0].scores == {"score": 2}  # a closed judge opens again
 
@@ -398,3 +406,46 @@ def test_a_question_is_checked():
     with pytest.raises(ValueError, match="needs fields of different names"):
         Rubric("r", "", (Field("score", 0, 2), Field("score", 0, 2)))
     assert Question(RUBRIC, ()).turns == ()
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET1\nsk-SECRET2", "sk-SECRET1 x", "\u201csk-SECRET1\u201d"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(monkeypatch, key):
+    monkeypatch.setenv("TEST_JUDGE_KEY", key)
+    config = JudgeConfig(base_url="http://localhost:1/v1", model="m", key_variable="TEST_JUDGE_KEY")
+    with pytest.raises(InputError, match="TEST_JUDGE_KEY holds") as error:
+        config.key()
+    assert "SECRET" not in str(error.value)
+
+
+def test_what_the_environment_says_of_another_endpoint_is_not_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-SECRET")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-SECRET")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway-Token: gw-SECRET")
+    seen = []
+
+    class Seen(FaultyHandler):
+        def answer(self, request, number):
+            seen.append(str(self.headers))
+            super().answer(request, number)
+
+    with faulty_server(lambda *_: None, handler=Seen) as server:
+        make_judge(server, tmp_path).ask([question(REPLY)])
+    assert "authorization" in seen[0].lower()
+    assert "SECRET" not in seen[0]
+
+
+def test_the_reason_does_not_grow_while_the_server_is_down(tmp_path):
+    judge = Judge(
+        JudgeConfig(
+            base_url="http://127.0.0.1:9/v1", model="m", cache=None, retries=0, failures=2, cooldown=60, timeout=5
+        )
+    )
+    assert judge.ask(different_questions(40)) == [None] * 40
+    assert judge.last_failure.count("is down") <= 1
+    judge.close()
+
+
+@pytest.mark.parametrize("cache", [False, True, "", 3])
+def test_a_cache_that_is_no_folder(cache):
+    with pytest.raises(InputError, match="cache must be a folder, or null"):
+        JudgeConfig(base_url="http://localhost:1/v1", model="m", cache=cache)

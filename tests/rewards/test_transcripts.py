@@ -167,6 +167,23 @@ def test_whisper(whisper_folder, heard):
     assert all(w.text for row in found for w in row)
 
 
+def test_a_long_utterance_is_cut_to_what_whisper_hears(whisper_folder, heard):
+    rng = np.random.default_rng(0)
+    audio = rng.normal(0, 0.1, 8000 * 66).astype(np.float32)
+    episode = replace(heard(0), duration=66.0, agent_audio=audio, agent_speech=[Interval(3.0, 65.0)])
+    [found] = SpeechRecogniser("agent", whisper_folder, generate={"max_new_tokens": 6}).words([episode])
+    assert [(w.start, w.end) for w in found] == [
+        (3.0, pytest.approx(3 + 62 / 3)),
+        (pytest.approx(3 + 62 / 3), pytest.approx(3 + 124 / 3)),
+        (pytest.approx(3 + 124 / 3), 65.0),
+    ]
+
+
+def test_a_user_who_says_something_else_in_the_same_segment_is_heard_anew(ctc_folder, heard):
+    one, other = SpeechRecogniser("user", ctc_folder).words([heard(0), heard(1)])
+    assert [w.text for w in one] != [w.text for w in other]
+
+
 def test_models_that_cannot_be_used(tmp_path, ctc_folder, heard):
     (tmp_path / "empty").mkdir()
     recogniser = SpeechRecogniser("agent", str(tmp_path / "empty"))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -55,9 +56,9 @@ def config_of(**keys):
     return load_warmstart_config(None, [f"{k.replace('__', '.')}={v}" for k, v in keys.items()])
 
 
-def trainer_of(bundle, pairs, references=None, run_dir="unused", **keys):
+def trainer_of(bundle, pairs, references=None, run_dir=None, **keys):
     config = config_of(training__microbatch=2, training__batch_size=2, **keys)
-    return PreferenceTrainer(bundle, config, PairDataset(pairs, references), None, run_dir)
+    return PreferenceTrainer(bundle, config, PairDataset(pairs, references), None, run_dir or tempfile.mkdtemp())
 
 
 class TestLossByHand:
