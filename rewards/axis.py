@@ -177,7 +177,7 @@ def axes_in_file(path: Path) -> dict[str, type[RewardAxis]]:
     """The axes that a Python file defines, by name. The file is run.
 
     Raises:
-        InputError: no such file, or no axis in it.
+        InputError: no such file, it cannot be run, or no axis in it.
     """
     if not path.is_file():
         raise InputError(f"file {path} does not exist: give the Python file of a reward axis")
@@ -186,7 +186,10 @@ def axes_in_file(path: Path) -> dict[str, type[RewardAxis]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file does
+        raise InputError(f"{path} cannot be run ({type(error).__name__}: {error})") from error
     classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, RewardAxis)]
     found = {cls.name: cls for cls in classes if cls.__module__ == spec.name and hasattr(cls, "name")}
     if not found:

@@ -203,11 +203,13 @@ class LiveConfig:
         dialogues: different scripts to train on.
         seconds: of each, in training and in `evaluate --suite live`.
         lead_in: seconds of silence before the user's first words.
+        user: `scripted`, or the checkpoint of a second policy of the same codec, which hears the agent and answers.
     """
 
     dialogues: int = 64
     seconds: float = 20.0
     lead_in: float = 1.0
+    user: str = "scripted"
 
 
 @dataclass
@@ -453,6 +455,8 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"ppo.gamma and ppo.gae_lambda must lie in [0, 1], found {config.ppo.gamma} and {config.ppo.gae_lambda}"
         )
+    if config.env == "live" and config.train_axes:
+        raise InputError("train_axes chooses recorded segments: env=live has none")
     check_lora(config.lora)
     if config.lora.rank and "temporal" not in config.lora.parts:
         raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
@@ -465,6 +469,7 @@ def check_config(config: Config) -> None:
 DECIDES_NUMBERS = (
     "seed",
     "checkpoint",
+    "dtype",
     "segments",
     "env",
     "live",

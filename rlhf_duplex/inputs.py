@@ -51,6 +51,8 @@ def load_inputs(config: Config) -> Inputs:
         evaluation = "nano"
     held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
     held_out = first_of_each(held_out, config.evaluation.limit)
+    if config.env == "live" and config.live.user != "scripted":
+        find_bundle(config.live.user)
     if config.evaluation.before is not None:
         read_results(Path(config.evaluation.before))
     missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})

@@ -1,16 +1,24 @@
-"""Live dialogues for a policy: users that speak with recorded utterances, hear the agent, and react."""
+"""Live dialogues for a policy: users that hear the agent and react, by script with recorded utterances, or a policy."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from envs.errors import InputError
+from envs.frames import frames_in
 from envs.live import DuplexLiveVectorEnv
 from envs.scripted_user import ScriptedUser, dialogue_segments, draw_scripts, script_id
 from envs.segments import Segment
 from envs.speech import SpeechDetector
 from envs.utterance_bank import utterance_bank
 from rlhf_duplex.config import Config
+from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.codec import MimiCodec
-from rlhf_duplex.policy.codec_stream import MimiStream
+from rlhf_duplex.policy.codec_stream import MimiStream, PolicyUser
+from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.sampling import Sampling
 
 
 def live_environment(
@@ -21,8 +29,9 @@ def live_environment(
     seconds: float,
     lead_in: float,
     seed: int,
+    second: MoshiPolicy | None = None,
 ) -> tuple[DuplexLiveVectorEnv, list[Segment]]:
-    """An environment of scripted users, and its dialogues.
+    """An environment of users that hear the agent, and its dialogues.
 
     Args:
         segments: whose users' recorded utterances are spoken, with their events.
@@ -31,15 +40,46 @@ def live_environment(
         seconds: of each dialogue.
         lead_in: seconds of silence before the user's first words.
         seed: of the scripts.
+        second: a policy that plays the user in place of scripts; it has draws of its own in each dialogue.
 
     Raises:
         InputError: the segments hold no turn, or another detector.
     """
+    if second is not None:
+        chosen = dialogue_segments([script_id(seed, index) for index in range(dialogues)], seconds)
+        frames = frames_in(lead_in, codec.frame_rate) + frames_in(seconds, codec.frame_rate)
+        return DuplexLiveVectorEnv(
+            chosen, PolicyUser(second, codec, frames, _seed_of), codec, detector, lead_in=lead_in
+        ), chosen
     bank = utterance_bank(segments, detector, codec.sample_rate)
     scripts = draw_scripts(bank, dialogues, seed, seconds)
     chosen = dialogue_segments([script.id for script in scripts], seconds)
     user = ScriptedUser(scripts, codec, MimiStream(codec), detector, lead_in)
     return DuplexLiveVectorEnv(chosen, user, codec, detector, lead_in=lead_in), chosen
+
+
+def _seed_of(dialogue: Segment) -> int:
+    return int.from_bytes(hashlib.sha256(f"user {dialogue.id}".encode()).digest()[:6], "big")
+
+
+def second_policy(config: Config, codec: MimiCodec) -> MoshiPolicy | None:
+    """Who plays the user, by `live.user`; None where scripts do.
+
+    Raises:
+        InputError: no such checkpoint, or one of another codec.
+    """
+    if config.live.user == "scripted":
+        return None
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    bundle = load_bundle(config.live.user, config.device, dtype)
+    own = bundle.codec
+    if (own.frame_rate, own.user_codebooks, own.audio_cardinality) != (
+        codec.frame_rate,
+        codec.user_codebooks,
+        codec.audio_cardinality,
+    ):
+        raise InputError(f"live.user {config.live.user} has another codec than the policy: neither hears the other")
+    return MoshiPolicy(bundle.lm, Sampling(**vars(config.sampling)))
 
 
 def training_environment(config: Config, replay: Any, segments: Sequence[Segment]) -> Any:
@@ -57,7 +97,14 @@ def training_environment(config: Config, replay: Any, segments: Sequence[Segment
         return replay
     live = config.live
     env, _ = live_environment(
-        segments, replay.codec, replay.detector, live.dialogues, live.seconds, live.lead_in, config.seed
+        segments,
+        replay.codec,
+        replay.detector,
+        live.dialogues,
+        live.seconds,
+        live.lead_in,
+        config.seed,
+        second_policy(config, replay.codec),
     )
     return env
 

@@ -30,13 +30,17 @@ def load_optimiser_state(
     Raises:
         ValueError: a parameter's state is not whole or has another shape.
     """
+    # A fused step counts on the device, any other on the CPU, as torch's own `load_state_dict` has it.
+    counts_there = any(group.get("fused") or group.get("capturable") for group in optimiser.param_groups)
     for name, parameter in parameters.items():
         found = {key: state[f"{key}/{name}"] for key in _KEYS if f"{key}/{name}" in state}
         if found and (len(found) != len(_KEYS) or found["exp_avg"].shape != parameter.shape):
             raise ValueError(f"the optimiser state of '{name}' is not whole or of another shape")
         if found:
             optimiser.state[parameter] = {
-                key: value.clone() if key == "step" else (place or _on_device)(value, parameter).clone()
+                key: (value.to(parameter.device) if counts_there else value).clone()
+                if key == "step"
+                else (place or _on_device)(value, parameter).clone()
                 for key, value in found.items()
             }
 

@@ -5,7 +5,7 @@ A configuration with `stages` is a pipeline; a stage is the command line that a 
     run_dir: runs/pipeline
     stages:
       pairs:
-        run: pairs --from rollouts checkpoint=nano --out ${run_dir}/pairs/pairs.jsonl
+        run: pairs nano --from rollouts --checkpoint nano --out ${run_dir}/pairs/pairs.jsonl
         makes: ${run_dir}/pairs/pairs.jsonl
       warmstart:
         run: warmstart configs/nano_dpo_ln.yaml pairs=${run_dir}/pairs/pairs.jsonl run_dir=${run_dir}/warm
@@ -26,9 +26,11 @@ from typing import Any
 
 from envs.errors import InputError
 from envs.files import write_text
+from rlhf_duplex.run_folder import stops
 
 RESUMED = ("train", "warmstart")  # commands that take resume=true
 COMMANDS = ("curate", "pairs", "converse", "warmstart", "train", "evaluate", "ablate", "report", "export")
+_OUTPUTS = ("--out", "--to")
 _KEYS = ("run", "makes", "needs")
 
 
@@ -124,13 +126,13 @@ def _paths(where: str, key: str, value: Any) -> tuple[Path, ...]:
 def inputs_of(stage: Stage) -> list[Path]:
     """Every file and folder that a stage's command line names (as an argument, or behind `=`), and its `needs`.
 
-    What it makes is no input, nor what follows `--out` or `run_dir=`. `nano` stands for the bundle and the dialogues
-    that ship.
+    What it makes is no input, nor what follows `--out`, `--to` or `run_dir=`. `nano` stands for the bundle and the
+    dialogues that ship.
     """
     named = []
     for before, argument in zip(stage.arguments, stage.arguments[1:], strict=False):
         key, _, value = argument.rpartition("=")
-        if before != "--out" and key != "run_dir" and not value.startswith("-"):
+        if before not in _OUTPUTS and key not in ("run_dir", *_OUTPUTS) and not value.startswith("-"):
             named.append(value)
     found = [Path(value) for value in named if value and Path(value).exists()]
     if "nano" in named:
@@ -189,11 +191,11 @@ def is_done(pipeline: Pipeline, stage: Stage) -> bool:
     )
 
 
-def _resumes(arguments: Sequence[str]) -> bool:
-    """Whether an interrupted run of this command has left anything to go on from."""
+def _resumes(arguments: Sequence[str], since: float) -> bool:
+    """Whether a run of this command that was started at `since` and interrupted has left anything to go on from."""
     run_dir = next((a.partition("=")[2] for a in arguments if a.startswith("run_dir=")), None)
-    found = run_dir is not None and any(Path(run_dir, "checkpoints").glob("step_*"))
-    return arguments[0] in RESUMED and found
+    steps = Path(run_dir, "checkpoints").glob("step_*") if run_dir else ()
+    return arguments[0] in RESUMED and any(step.stat().st_mtime >= since for step in steps)
 
 
 def run_pipeline(
@@ -211,7 +213,7 @@ def run_pipeline(
         dry: only say what would run. A stage behind one that would run is counted as one that would, too.
 
     Raises:
-        InputError: a stage failed (its own message came before), or did not make what it says it makes.
+        InputError: a stage failed (its own message came before), was stopped, or did not make what it says it makes.
     """
     outcome = Outcome()
     for stage in pipeline.stages:
@@ -224,17 +226,23 @@ def run_pipeline(
         if dry:
             say(f"stage {stage.name}: would run {line}")
             continue
-        key, stamp = stage_hash(stage), _read_stamp(_stamp(pipeline, stage))
-        interrupted = stamp.get("hash") == key and not stamp.get("done") and _resumes(stage.arguments)
-        arguments = [*stage.arguments, "resume=true"] if interrupted else list(stage.arguments)
-        _write_stamp(_stamp(pipeline, stage), key, done=False)
-        say(f"stage {stage.name}: {line}{' resume=true' if interrupted else ''}")
+        path = _stamp(pipeline, stage)
+        key, stamp = stage_hash(stage), _read_stamp(path)
+        interrupted = stamp.get("hash") == key and not stamp.get("done")
+        resumed = interrupted and _resumes(stage.arguments, path.stat().st_mtime)
+        arguments = [*stage.arguments, "resume=true"] if resumed else list(stage.arguments)
+        if not interrupted:
+            _write_stamp(path, key, done=False)
+        say(f"stage {stage.name}: {line}{' resume=true' if resumed else ''}")
+        before = len(stops)
         code = command(arguments)
+        if len(stops) > before:
+            raise InputError(f"stage '{stage.name}' was stopped: start the pipeline again; it goes on from here")
         missing = [str(path) for path in stage.makes if not path.exists()]
         if code or missing:
             reason = f"ended with code {code}" if code else f"did not make {missing[0]}"
             raise InputError(
                 f"stage '{stage.name}' {reason}: mend it and start the pipeline again; it goes on from here"
             )
-        _write_stamp(_stamp(pipeline, stage), key, done=True)
+        _write_stamp(path, key, done=True)
     return outcome

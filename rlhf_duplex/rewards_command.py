@@ -84,7 +84,9 @@ def check_axes(target: str, options: Sequence[str], episodes_folder: Path | None
             broken.append(name)
     if broken:
         raise InputError(f"{', '.join(broken)}: does not keep the contract of a reward axis, see above")
-    console.print(f"{', '.join(classes)}: keeps the contract; use it with `rewards.{next(iter(classes))}.weight=1`")
+    name = next(iter(classes))
+    where = f" rewards.{name}.target={target}" if target.endswith(".py") or ":" in target else ""
+    console.print(f"{', '.join(classes)}: keeps the contract; use it with `rewards.{name}.weight=1{where}`")
 
 
 def _make(cls: type[RewardAxis], name: str, keywords: Mapping[str, Any]) -> RewardAxis:

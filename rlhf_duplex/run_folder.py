@@ -56,14 +56,22 @@ class StoppedError(Exception):
     """A signal asked for an end, and what was under way is begun anew when the run goes on."""
 
 
+stops: list[int] = []  # every signal by which a command of this process was asked to end
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM: the loop ends after the update that is under way, with a checkpoint."""
     received: list[int] = []
     old = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        stops.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            old[number] = signal.signal(number, lambda n, _: received.append(n))
+            old[number] = signal.signal(number, note)
         except ValueError:  # not in the main thread: whoever runs us there handles signals
             break
     try:

@@ -5,7 +5,7 @@ in it: what the allocator loses, communication buffers, Mimi's activations, and 
 those of `rlhf_duplex.step_model`, for the machine that `dry_run` describes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import find_bundle, local_info
 from rlhf_duplex.policy.lora import add_lora, is_adapted
+from rlhf_duplex.policy.memory import USED
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.policy.scoring import LOGITS_AT_ONCE
@@ -57,7 +58,7 @@ def make_plan(config: Config) -> Plan:
     learners = workers if colocated else cluster.learners
     total = trainer.groups * trainer.group_size
     share = -(-total // workers)
-    episodes = min(share, config.rollout.batch_size)
+    episodes = min(share, config.rollout.batch_size or share)  # 0: as many as there is room for, see below
     a_minibatch = -(-min(trainer.minibatch, total) // trainer.microbatch)
     steps = -(-total // trainer.minibatch)
     return Plan(workers, learners, colocated, episodes, -(-share // episodes), steps * -(-a_minibatch // learners))
@@ -80,6 +81,9 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     parts = {name: part.total for name, part in count_memory(lm, plan.learners, cut).items()}
     of_learner = {f"{name} (weights, gradients, optimiser)": size for name, size in parts.items()}
     of_learner["reference"] = _reference_bytes(learner, plan.learners, cut)
+    copied = sum(m.numel() for name, m in learner.masters.items() if m is not learner.parameters[name])
+    if copied:  # a number's copy 4 bytes, its gradient 4 where 2 are counted, the optimiser's 8 where 4 are
+        of_learner["float32 copies of what is trained"] = 10 * copied // (plan.learners if cut else 1)
     if learner.critic is not None:
         of_learner["value head"] = 4 * sum(p.nbytes for p in learner.critic.parameters.values())
     if cut and plan.learners > 1:
@@ -94,9 +98,14 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
         of_worker["layers with adapters, merged"] = acting.itemsize * sum(
             p.numel() for name, p in lm.named_parameters() if is_adapted(name)
         )
-    cache = _cache_bytes(lm, acting)
-    of_worker[f"keys and values of {plan.episodes} episodes"] = plan.episodes * frames * cache
     of_worker["Mimi"] = _mimi_bytes(config)
+    cache = _cache_bytes(lm, acting)
+    if not config.rollout.batch_size:  # what is left, as `dialogues_that_fit` finds it
+        taken = sum(of_worker.values()) + (sum(of_learner.values()) if plan.colocated else 0)
+        fit = max(1, int(USED * (config.dry_run.gpu_gib * GIB - taken) / (frames * cache)))
+        share, episodes = plan.episodes, min(plan.episodes, fit)
+        plan = replace(plan, episodes=episodes, rounds=-(-share // episodes))
+    of_worker[f"keys and values of {plan.episodes} episodes"] = plan.episodes * frames * cache
     total_learner, total_worker = sum(of_learner.values()), sum(of_worker.values())
     totals = [total_learner + total_worker] if plan.colocated else [total_learner, total_worker]
     seconds = _seconds(config, plan, lm, learner, frames, acting)
@@ -190,6 +199,8 @@ def _mimi_bytes(config: Config) -> int:
 
 def _frames(config: Config) -> tuple[int, str]:
     """Frames of the longest episode, and where that was learned."""
+    if config.env == "live":
+        return round((config.live.seconds + config.live.lead_in) * FRAME_RATE), "live dialogues"
     path = NANO_DATA / "train" / "segments.jsonl" if config.segments == "nano" else Path(config.segments)
     if not path.is_file():
         return round(config.dry_run.seconds * FRAME_RATE), f"{config.dry_run.seconds:g} s are assumed"

@@ -5,7 +5,7 @@ Everything is checked before the model is loaded, and everything a run leaves is
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,8 @@ class Trainer:
                 while self.update < config.trainer.updates and not self.stopped:
                     try:
                         metrics = self.step()
-                        metrics |= self.evaluate_during()
+                        with suppress(StoppedError):  # without its figures; the update is logged and saved below
+                            metrics |= self.evaluate_during()
                         log.write(self.update, metrics)
                         advance(1)
                         self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
@@ -255,8 +256,8 @@ class Trainer:
             try:
                 self.cluster.recover()
                 folder = last_checkpoint(self.run_dir)
-                assert folder is not None  # there is one before the first update
-                self.update, self._begun = self.cluster.restore(folder), None
+                # None where nothing is trained (`evaluate`): new learners have the checkpoint that it began from.
+                self.update, self._begun = 0 if folder is None else self.cluster.restore(folder), None
                 return
             except LearnersLostError as again:
                 error = again

@@ -7,13 +7,11 @@ moves, as with a longer or shorter vocal tract). `flite` and `espeak-ng` (Debian
 from __future__ import annotations
 
 import functools
-import io
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 import numpy as np
-import soundfile
 import soxr
 
 SAMPLE_RATE = 8000
@@ -110,8 +108,3 @@ def _read_wav(command: list[str]) -> tuple[np.ndarray, int]:
     data = out.index(b"data") + 8
     samples = np.frombuffer(out[data : data + (len(out) - data) // 2 * 2], dtype="<i2")
     return samples.astype(np.float32) / 32768.0, rate
-
-
-def read_ogg(path) -> tuple[np.ndarray, int]:
-    """float32 [N, channels] and the sample rate."""
-    return soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32", always_2d=True)

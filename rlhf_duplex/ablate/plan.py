@@ -13,6 +13,7 @@
 A condition is what differs from the base, a trial is a condition with a seed.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -233,7 +234,8 @@ def _conditions(path: Path, config: AblationConfig, base: Config) -> tuple[list[
 
     found, skipped = ([], []) if config.preset is None else preset_conditions(config.preset, base)
     for number, row in enumerate(config.conditions, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or set(row) - {"name", "overrides"}:
+        named = isinstance(row, dict) and isinstance(row.get("name"), str) and not set(row) - {"name", "overrides"}
+        if not named or not isinstance(row.get("overrides") or {}, dict):
             raise InputError(
                 f"{path}: condition {number} must be {{name: ..., overrides: {{key: value}}}}, found {row}"
             )
@@ -305,7 +307,10 @@ def _shown(value: Any) -> str:
 
 def slug(name: str) -> str:
     """A name as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")[:100] or "condition"
+    text = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+    if len(text) > 100:  # what is cut off may be what tells it from another
+        text = f"{text[:91]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return text or "condition"
 
 
 def _first_twice(values: Sequence[Any]) -> Any:

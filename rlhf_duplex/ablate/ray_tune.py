@@ -100,10 +100,11 @@ def run_jobs(
 
         run_job(job, lambda: False, watch)
 
-    def trial_ended(values: Mapping[str, Any]) -> None:
+    def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
         job = by_name[values["trial"]]
         record = read_record(job.root, job.name)
-        if record.status == "open" and not is_finished(job) and not stopping():
+        behind = record.status == "open" and not is_finished(job) and not stopping()
+        if asha.metric and behind and not lost:  # one that was lost with its machine stays open
             done = len(read_metrics(job.folder / "metrics.jsonl"))
             record = replace(record, status="stopped early", kind="ASHA", why=f"behind after {done} updates")
             write_record(job.root, job.name, record)
@@ -172,8 +173,10 @@ def run_search(
             raise RuntimeError(f"no trial of this point is finished with {search.metric}")
         tune.report({"objective": sum(means) / len(means)})
 
-    def trial_ended(values: Mapping[str, Any]) -> None:
-        ended(point_name({key: round_off(value) for key, value in values.items()}), Record("done"))
+    def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
+        ended(
+            point_name({key: round_off(value) for key, value in values.items()}), Record("failed" if lost else "done")
+        )
 
     left = search.points - len(known) + len(unfinished)
     if left > 0:
@@ -188,7 +191,7 @@ def _tune(
     config: RayConfig,
     workers: int,
     stopping: Callable[[], bool],
-    ended: Callable[[Mapping[str, Any]], None],
+    ended: Callable[[Mapping[str, Any], bool], None],
 ) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
@@ -209,9 +212,10 @@ def _tune(
 
     class Ended(Local, tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            self.function(trial.config)
+            self.function(trial.config, False)
 
-        on_trial_error = on_trial_complete
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            self.function(trial.config, True)
 
     class Stopping(Local, tune.Stopper):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:

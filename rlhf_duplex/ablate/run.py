@@ -34,7 +34,7 @@ from rlhf_duplex.ablate.trial import (
 from rlhf_duplex.config import Config, to_yaml
 from rlhf_duplex.evaluation.metrics import read_results
 
-DECIDE_BEFORE = ("checkpoint", "dtype", "device", "segments", "sampling", "detector", "lora", "evaluation")
+DECIDE_BEFORE = ("checkpoint", "dtype", "device", "segments", "sampling", "detector", "lora", "prompt", "evaluation")
 
 
 def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = False) -> Path:

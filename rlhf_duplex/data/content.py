@@ -13,7 +13,6 @@ from rewards.rubric import Field, Question, Rubric, Turn, Verdict
 from rlhf_duplex.data.conversation import Conversation
 
 CONTENT_AXES = ("helpfulness", "safety", "factuality", "instruction_following", "tone")
-TIMING_AXES = ("interruption", "unresponsiveness")
 REWRITE = "rewrite"
 
 RUBRIC = Rubric(

@@ -93,14 +93,22 @@ def _longer(segment: Segment, tail: float, path: Path) -> Segment:
     """The segment with `tail` seconds more, of a recording that was filled up with silence."""
     rate, _, duration = audio_info(segment.recording)
     end = segment.end + tail
-    user = read_audio(segment.recording, segment.user_channel, rate, segment.start, min(end, duration))
+    channels = 2 if segment.agent_recording is None else 1
+    user = read_audio(segment.recording, segment.user_channel, rate, segment.start, min(end, duration), channels)
     stereo = np.zeros((round((end - segment.start) * rate), 2), dtype=np.float32)
     stereo[: len(user), 1] = user[: len(stereo)]
     write_audio(path, stereo, rate)
     shift = segment.start
     words = tuple((w, (s - shift, e - shift), who) for w, (s, e), who in segment.transcript)
     return replace(
-        segment, recording=path, user_channel=1, start=0.0, end=len(stereo) / rate, events={}, transcript=words
+        segment,
+        recording=path,
+        agent_recording=None,
+        user_channel=1,
+        start=0.0,
+        end=len(stereo) / rate,
+        events={},
+        transcript=words,
     )
 
 

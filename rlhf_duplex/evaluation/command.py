@@ -118,6 +118,7 @@ def _heldout(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> dict[str, Any]:
     from rlhf_duplex.evaluation.systems import parse_systems
     from rlhf_duplex.inputs import check_machine
+    from rlhf_duplex.policy.prompt import check_prompt
     from rlhf_duplex.run_folder import make_console
 
     console = make_console()
@@ -125,6 +126,7 @@ def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> 
     if checkpoint_given or not (chosen or options.outputs):
         chosen.insert(0, config.checkpoint)
     check_machine(config)
+    check_prompt(config.prompt)
     systems = parse_systems(chosen, options.outputs)
     out = options.out or Path("runs") / options.suite
     prepare = functools.partial(prepare_out, out, _read_by(options, systems))

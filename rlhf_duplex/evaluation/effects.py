@@ -91,16 +91,6 @@ def crossed_effect(differences: np.ndarray) -> Effect | None:
     return Effect(mean, mean - half, mean + half, p, seeds, segments, agreeing)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the k-th smallest of m times m - k + 1, never falling."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
-
-
 def seed_interval(values: Sequence[float]) -> Estimate:
     """Mean of one value a seed, with Student's 95 % interval; of one seed, that value alone.
 

@@ -18,7 +18,8 @@ from rlhf_duplex.evaluation.metrics import SegmentValues, write_results
 from rlhf_duplex.evaluation.speech_quality import Predictor, predict_quality
 from rlhf_duplex.evaluation.statistics import segment_means
 from rlhf_duplex.evaluation.systems import System, load_policy
-from rlhf_duplex.live import live_environment
+from rlhf_duplex.live import live_environment, second_policy
+from rlhf_duplex.policy.bundle import find_bundle
 from rlhf_duplex.rollout import episode_seed, rollout
 
 DIALOGUES = 32
@@ -66,6 +67,10 @@ def run_live(
     segments = load_segments("nano" if data is None else str(data), "heldout", detector)
     if not any(segment.axis == "turn_taking" for segment in segments):
         raise InputError(f"{data}: a live user needs recorded turns, found no segment of the axis turn_taking")
+    if config.live.user != "scripted":
+        find_bundle(config.live.user)
+        if judge_options is not None:
+            raise InputError("--judge-url needs a user whose words are known: set live.user=scripted")
     judge = None if judge_options is None else Judge(judge_options)
     if judge is not None:
         judge.check()
@@ -75,7 +80,8 @@ def run_live(
         policy, codec = load_policy(system, config)
         lead_in, seconds, seed = config.live.lead_in, config.live.seconds, config.evaluation.seed
         count = config.evaluation.limit or DIALOGUES
-        env, dialogues = live_environment(segments, codec, detector, count, seconds, lead_in, seed)
+        second = second_policy(config, codec)
+        env, dialogues = live_environment(segments, codec, detector, count, seconds, lead_in, seed, second)
         chosen = [dialogue for dialogue in dialogues for _ in range(config.evaluation.samples)]
         seeds = [episode_seed(seed, i, sample) for i in range(count) for sample in range(config.evaluation.samples)]
         with progress(
@@ -84,9 +90,11 @@ def run_live(
             size = min(config.rollout.batch_size, 32)
             episodes = rollout(policy, env, chosen, seeds, [0.0] * len(chosen), batch_size=size, on_frame=advance)
         values = live_values(episodes)
+        failed = 0
         if judge is not None:
-            judged = _judge(judge, episodes)
-            values["live"] |= judged
+            failed = judge.meter.failed
+            values["live"] |= _judge(judge, episodes)
+            failed = judge.meter.failed - failed
         extra: dict[str, Any] = {
             "suite": "live",
             "system": system.name,
@@ -94,11 +102,11 @@ def run_live(
             "lead_in_seconds": lead_in,
             "samples": len(episodes),
             "seconds": seconds,
-            "user": "scripted",
+            "user": config.live.user,
             "data": "nano" if data is None else str(data),
         }
         if judge is not None:
-            extra["judge"] = {"model": judge.config.model}
+            extra["judge"] = {"model": judge.config.model, "failed": failed}
         if quality is not None:
             extra["speech_quality"] = quality.name
             values |= _quality(quality, episodes, detector)
@@ -128,12 +136,12 @@ def _judge(judge: Judge, episodes: Sequence[Episode]) -> dict[str, dict[str, flo
             for text, (start, end), _ in episode.segment.transcript
         ]
         questions.append(Question(RUBRIC, tuple(alternating_turns(user, list(episode.words)))))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for episode, verdict in zip(episodes, judge.ask(questions), strict=True):
         if verdict is not None:
             for name, score in verdict.scores.items():
-                found.setdefault(f"judged_{name}", {})[episode.segment.id] = float(score)
-    return found
+                found.setdefault(f"judged_{name}", {}).setdefault(episode.segment.id, []).append(float(score))
+    return {metric: {k: sum(v) / len(v) for k, v in column.items()} for metric, column in found.items()}
 
 
 def _quality(predictor: Predictor, episodes: Sequence[Episode], detector: SileroDetector) -> SegmentValues:

@@ -20,6 +20,7 @@ from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from envs.utterances import utterances
 from rewards.axis import Score
+from rewards.backchannel import Backchannel
 from rewards.timing import ROUNDING_SECONDS, agent_units, longer
 from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval, paired_difference, segment_means
 from rlhf_duplex.evaluation.words import spoken_vocabulary, word_metrics
@@ -106,6 +107,8 @@ def _backchannel(episode: Episode) -> dict[str, float]:
     seconds = episode.duration - episode.scored_from
     found = {"takeover_rate": float(bool(_takeovers(episode))), "frequency": len(short) / seconds}
     true = episode.event_intervals("true_backchannels")
+    if true is not None:
+        found["f1"] = Backchannel().score_episode(episode).value  # whatever a run's own axis counts as a match
     if true:
         found["jsd"] = timing_divergence(short, true, episode.scored_from, episode.duration)
     return found
@@ -168,8 +171,6 @@ def segment_values(
         own = row.get(axis)
         if own is not None:
             values["reward"] = own.value
-            if axis == "backchannel":
-                values["f1"] = own.value  # the reward of this axis is the F1
         columns = {(axis, metric): value for metric, value in values.items()}
         columns |= {("words", name): value for name, value in word_metrics(episode, vocabulary, pairs).items()}
         columns |= {(name, "reward"): s.value for name, s in row.items() if s is not None and name not in SEGMENT_AXES}

@@ -159,7 +159,8 @@ def run_spoken(
     results = {}
     for system in systems:
         policy, codec = load_policy(system, config)
-        segments = [_segment(item, out / "inputs", codec.sample_rate) for item in items]
+        inputs = [out / "inputs" / f"{index:05d}.wav" for index in range(len(items))]
+        segments = [_segment(*pair, codec.sample_rate) for pair in zip(items, inputs, strict=True)]
         users = UserSides(codec, detector, config.context.lead_in)
         env = DuplexDialogueVectorEnv(segments, codec, detector, user_sides=users)
         frames = sum(s.duration + config.context.lead_in for s in segments) * codec.frame_rate
@@ -194,11 +195,10 @@ def run_spoken(
     return results
 
 
-def _segment(item: Item, folder: Path, rate: int) -> Segment:
-    """The item with the silence after it, as an input of its own."""
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', item.id)[:80]}.wav"
+def _segment(item: Item, path: Path, rate: int) -> Segment:
+    """The item with the silence after it, as an input of its own, which is written to `path`."""
     said = read_audio(item.audio, item.channel, rate, item.start, item.end, channels=1)
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     silence = np.zeros(samples_in(ANSWER_SECONDS, rate), dtype=np.float32)
     soundfile.write(str(path), np.concatenate([said, silence]), rate, subtype="PCM_16")
     seconds = audio_info(path)[2]

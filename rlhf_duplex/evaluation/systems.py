@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from rlhf_duplex.config import Config
 from rlhf_duplex.policy.bundle import check_bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.codec import MimiCodec
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.prompt import make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 
 
@@ -68,7 +69,7 @@ def _named(argument: str) -> tuple[str, str]:
 
 
 def load_policy(system: System, config: Config) -> tuple[MoshiPolicy, MimiCodec]:
-    """A system's policy and codec, by the configuration's device, dtype and sampling.
+    """A system's policy and codec, by the configuration's device, dtype, sampling and prompt.
 
     Raises:
         InputError: the checkpoint cannot be loaded.
@@ -76,9 +77,5 @@ def load_policy(system: System, config: Config) -> tuple[MoshiPolicy, MimiCodec]
     assert system.checkpoint is not None
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     bundle = load_bundle(system.checkpoint, config.device, dtype)
-    return MoshiPolicy(bundle.lm, Sampling(**vars(config.sampling))), bundle.codec
-
-
-def with_checkpoint(config: Config, system: System) -> Config:
-    """The configuration of a run that evaluates this system."""
-    return config if system.checkpoint is None else replace(config, checkpoint=system.checkpoint)
+    prompt = make_prompt(bundle, config.prompt)
+    return MoshiPolicy(bundle.lm, Sampling(**vars(config.sampling)), prompt), bundle.codec

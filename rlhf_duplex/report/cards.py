@@ -30,7 +30,8 @@ def run_cards(comparison: Comparison, path: Path, axes: Sequence[str]) -> list[d
     finished = comparison.finished
     saved = [saved_episodes(run.folder / "evaluation" / "after") for run in finished]
     chosen = _chosen_segments(comparison, saved, axes)
-    inside = all(run.folder.resolve().is_relative_to(path.resolve().parent) for run in finished)
+    home = path.resolve().parent  # the runs' own folder, or an ablation's, above its trials/
+    inside = all(home in run.folder.resolve().parents[:2] for run in finished)
     cards = [
         {
             "index": index,

@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES
-from rlhf_duplex.evaluation.effects import Effect, crossed_effect, dominated_by, holm, paired_table, seed_interval
+from rlhf_duplex.evaluation.effects import Effect, crossed_effect, dominated_by, paired_table, seed_interval
 from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
-from rlhf_duplex.evaluation.statistics import Estimate
+from rlhf_duplex.evaluation.statistics import Estimate, holm
 from rlhf_duplex.report.build import write_page
 from rlhf_duplex.report.cards import run_cards
 from rlhf_duplex.report.labels import axis_title, interval, label, number

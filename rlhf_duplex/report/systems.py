@@ -74,13 +74,13 @@ def _facts(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _notes(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    notes = [note for result in results.values() for note in result.get("notes", [])]
+    notes = []
     lead_ins = {r.get("lead_in_seconds") for r in results.values() if r.get("lead_in_seconds") is not None}
     if len(lead_ins) > 1:
         notes.append("The systems were played with different lead-ins, which alone moves these figures.")
     if any(result.get("human_timing") is False for result in results.values()):
         notes.append("There is no JS distance: people's backchannel timing (icc_gt_distribution.json) was not given.")
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 def _official_title(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -265,7 +265,19 @@ def check_warmstart(config: WarmstartConfig) -> None:
         raise InputError(f"loss.label_smoothing must lie in [0, 0.5), found {loss.label_smoothing}")
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
+    if config.device.startswith("cuda:") and config.device != "cuda:0":
+        raise InputError(f"device {config.device}: a warm start takes the first GPU; set CUDA_VISIBLE_DEVICES instead")
     check_lora(config.lora)
+    if config.lora.rank and "temporal" not in config.lora.parts and _text_only(loss):
+        raise InputError(f"lora.parts {list(config.lora.parts)}: a loss about text alone teaches only temporal ones")
+    of_train: dict[str, tuple[Any, Any]] = {
+        "checkpointing.best": (config.checkpointing.best, CheckpointingConfig().best),
+        "evaluation.before": (config.evaluation.before, None),
+        "evaluation.every_limit": (config.evaluation.every_limit, EvaluationConfig().every_limit),
+    }
+    for key, (found, unset) in of_train.items():
+        if found != unset:
+            raise InputError(f"{key} is of `train`; a warm start has no such thing")
     if config.reference.mode == "lora_off" and not config.lora.rank:
         raise InputError("reference.mode=lora_off needs adapters: set lora.rank, or take reference.mode=cached")
     if not trained_parts(config):

@@ -97,7 +97,7 @@ class PairModel(nn.Module):
         )
 
     def _sft(self, logits: list[torch.Tensor], codes: torch.Tensor, reply_mask: torch.Tensor) -> torch.Tensor:
-        """Mean over streams of the mean over the tokens of all chosen replies."""
+        """Mean over streams and pairs of the mean over the tokens of a chosen reply."""
         pairs = len(codes) // 2
         found = []
         for row in self.sft_targets:
@@ -105,7 +105,8 @@ class PairModel(nn.Module):
             label = codes[:pairs, row].masked_fill(~inside, -100)
             # NaN where a delayed stream has no valid position, see `_token_statistics`.
             valid = torch.where(inside[..., None], logits[row][:pairs].float(), torch.zeros((), device=codes.device))
-            found.append(nn.functional.cross_entropy(valid.flatten(0, 1), label.flatten()))
+            losses = nn.functional.cross_entropy(valid.transpose(1, 2), label, reduction="none")  # 0 where -100
+            found.append((losses.sum(dim=1) / inside.sum(dim=1).clamp(min=1)).mean())
         return torch.stack(found).mean()
 
     def _logits(self, codes: torch.Tensor) -> list[torch.Tensor]:

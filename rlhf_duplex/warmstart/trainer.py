@@ -95,6 +95,7 @@ class PreferenceTrainer(DPOTrainer):
         set_trained(bundle.lm, config)
         ids = stream_ids(bundle.lm, config.loss.streams)
         args = _arguments(config, run_dir)
+        args._n_gpu = min(1, args.n_gpu)  # one device a process: nn.DataParallel would part chosen from rejected
         args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
         Trainer.__init__(
             self,

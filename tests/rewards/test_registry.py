@@ -5,6 +5,7 @@ import pytest
 import rewards.axis
 from envs import InputError
 from rewards import RewardAxis, Score, checked_scores, find_axis, make_axis, register_axis, registered_axes
+from rewards.axis import axes_in_file
 
 BUILT_IN = {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
 
@@ -59,6 +60,13 @@ def test_unknown_names_options_and_targets():
     ]:
         with pytest.raises(InputError, match=f"reward axis 'mine': .*{message}"):
             find_axis("mine", target)
+
+
+@pytest.mark.parametrize("text", ["def broken(:", "import no_such_module_at_all", "nothing_of_that_name"])
+def test_a_file_that_cannot_be_run_is_one_line(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text + "\n")
+    with pytest.raises(InputError, match=r"mine\.py cannot be run \(\w+Error: "):
+        axes_in_file(tmp_path / "mine.py")
 
 
 FILE = """

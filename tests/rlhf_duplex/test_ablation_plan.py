@@ -131,10 +131,11 @@ def test_the_result_before_training_is_shared_where_it_is_the_same():
             ["context.lead_in=2"],
             ["sampling.text_temperature=0.5"],
             ["evaluation.seed=2"],
+            ["prompt.text=hello"],
         )
     ]
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
 
 
 def test_random_points_are_the_same_again_and_more_points_begin_with_fewer():
@@ -235,6 +236,9 @@ def test_names():
     assert describe({"rewards.x.weight": 0.50, "trainer.whiten": True}) == "x.weight 0.5, whiten true"
     assert slug("a/b: c=1.5, -2") == "a_b_c_1.5_2"
     assert slug("//") == "condition"
+    long = "rewards.pause_handling.weight=0.5 rewards.turn_taking.weight=0.5 rewards.backchannel.weight=0.5 kl="
+    assert slug(f"{long}0.1") != slug(f"{long}0.2")
+    assert len(slug(f"{long}0.1")) <= 100
 
 
 def test_what_was_begun_must_be_what_is_asked_for(tmp_path):

@@ -31,5 +31,6 @@ def test_another_metric_or_a_lost_folder_begins_anew(tmp_path):
 def test_what_a_kill_left_half_written_goes(tmp_path):
     make(tmp_path, 2)
     (tmp_path / "checkpoints" / ".step_000004.123").mkdir()
+    (tmp_path / "checkpoints" / "..step_000004.123.123").mkdir()  # of the bundle inside it
     prune(tmp_path, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]

@@ -8,6 +8,7 @@ import soundfile
 
 from envs.episode import Word
 from envs.errors import InputError
+from envs.segments import Segment
 from envs.speech import Interval
 from rlhf_duplex.data.conversation import (
     Conversation,
@@ -17,6 +18,7 @@ from rlhf_duplex.data.conversation import (
     read_corpus,
     write_conversation,
 )
+from rlhf_duplex.data.converse import _longer
 
 RATE = 8000
 NOISE = np.random.default_rng(0).normal(0, 0.1, (2, 10 * RATE)).astype(np.float32)
@@ -174,3 +176,16 @@ def test_words_must_fit_the_speech():
         check_words(long_log((), words_at(*starts)), speech, [Interval(10.0, 13.0)])
     # Too few words to say.
     check_words(long_log(words_at(10.0, 11.0, 12.0)), speech, [])
+
+
+def test_a_user_with_a_file_of_its_own_is_lengthened_with_silence(tmp_path):
+    rate = 8000
+    said = np.linspace(-0.5, 0.5, 4 * rate, dtype=np.float32)
+    for name in ("user", "agent"):
+        soundfile.write(str(tmp_path / f"{name}.wav"), said, rate)
+    segment = Segment("s", "turn_taking", tmp_path / "user.wav", 0, 1.0, 4.0, agent_recording=tmp_path / "agent.wav")
+    longer = _longer(segment, 2.0, tmp_path / "longer.flac")
+    assert (longer.agent_recording, longer.user_channel, longer.duration) == (None, 1, 5.0)
+    audio = longer.user_audio(rate)
+    assert np.allclose(audio[: 3 * rate], said[rate:], atol=1e-3)
+    assert not audio[3 * rate :].any()

@@ -1,8 +1,10 @@
 """Evaluation during training leaves the training as it was, and RL runs in live dialogues, too."""
 
 import json
+import signal
 
 from rlhf_duplex.cli import main
+from rlhf_duplex.run_folder import StoppedError
 
 SMALL = [
     "trainer.updates=2", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "context.probability=0",
@@ -30,6 +32,17 @@ def test_evaluation_during_training_changes_nothing(tmp_path):
     after = json.loads((tmp_path / "watched" / "evaluation" / "after.json").read_text())
     assert last["segments"] == after["segments"]
     assert watched[-1]["evaluation/turn_taking/reward"] == after["axes"]["turn_taking"]["reward"]["mean"]
+
+
+def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        raise StoppedError
+
+    monkeypatch.setattr("rlhf_duplex.trainer.first_of_each", stopped)  # which is called at its beginning
+    rows = run(tmp_path / "run", "evaluation.every=1", "checkpointing.every=50")
+    assert [row["update"] for row in rows] == [1]
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
 
 
 def test_rl_trains_in_live_dialogues(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_duplex.evaluation.effects import crossed_effect, dominated_by, holm, paired_table, seed_interval
+from rlhf_duplex.evaluation.effects import crossed_effect, dominated_by, paired_table, seed_interval
 
 
 def test_differences_are_paired_by_seed_and_segment():
@@ -63,13 +63,6 @@ def test_differences_without_spread():
     assert crossed_effect(np.full((3, 5), -1.0)).p == 0.0
     assert crossed_effect(np.zeros((1, 1))) is None
     assert crossed_effect(np.zeros((0, 0))) is None
-
-
-def test_holm():
-    # Smallest 0.01 * 4, then 0.02 * 3 = 0.06, then 0.03 * 2 = 0.06, then 0.5; in their places.
-    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
-    assert holm([0.4, 0.3]) == pytest.approx([0.6, 0.6])
-    assert holm([]) == []
 
 
 def test_interval_over_seeds():

@@ -34,3 +34,16 @@ def test_nano_in_live_dialogues(tmp_path, capsys):
     assert "Worst cases" in page
     assert main([*arguments, "detector.name=energy"]) == 2
     assert "only Silero can" in capsys.readouterr().err
+
+
+def test_a_second_policy_can_be_the_user(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["evaluate", "--suite", "live", "--out", str(out), "evaluation.limit=2", "live.seconds=4"]
+    assert main([*arguments, "--checkpoint", "nano", "live.user=nano"]) == 0
+    found = json.loads((out / "nano.json").read_text())
+    assert found["user"] == "nano"
+    assert found["samples"] == 2
+    assert main([*arguments, "live.user=/nowhere/at-all"]) == 2
+    assert "/nowhere/at-all" in capsys.readouterr().err
+    assert main([*arguments, "live.user=nano", "--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "m"]) == 2
+    assert "set live.user=scripted" in capsys.readouterr().err

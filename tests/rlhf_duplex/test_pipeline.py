@@ -1,13 +1,16 @@
 """Pipelines: which stages run, which are kept, and what a person is told."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from envs.errors import InputError
 from rlhf_duplex.cli import main
-from rlhf_duplex.pipeline import inputs_of, load_pipeline, run_pipeline
+from rlhf_duplex.pipeline import Stage, inputs_of, load_pipeline, run_pipeline
+from rlhf_duplex.run_folder import stop_requests
 
 PIPELINE = """
 run_dir: {folder}/run
@@ -126,6 +129,44 @@ def test_an_interrupted_training_stage_goes_on(setting):
     (folder / "source.txt").write_text("b")
     start()
     assert all("resume=true" not in call for call in commands.calls)  # another pairs file: from the start
+
+
+def test_checkpoints_of_an_earlier_run_are_not_gone_on_from(setting):
+    folder, commands, start = setting
+    start()
+    old = folder / "run" / "warm" / "checkpoints" / "step_000002"
+    old.mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    (folder / "source.txt").write_text("b")
+    commands.fail = "warmstart"  # before it had moved the old run aside
+    with pytest.raises(InputError):
+        start()
+    commands.fail, commands.calls = None, []
+    start()
+    assert all("resume=true" not in call for call in commands.calls)
+
+
+def test_a_stage_that_a_signal_ended_is_not_done(setting):
+    folder, commands, start = setting
+
+    def stopped(arguments):
+        with stop_requests() as received:
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+        return commands(arguments)  # all files are there, and the exit code is 0
+
+    pipeline = load_pipeline(folder / "pipeline.yaml")
+    pipeline.run_dir.mkdir()
+    with pytest.raises(InputError, match="stage 'pairs' was stopped: start the pipeline again"):
+        run_pipeline(pipeline, stopped, lambda line: None)
+    assert start().ran == ["pairs", "warmstart", "report"]
+
+
+def test_what_export_writes_is_no_input(setting):
+    folder, _, _ = setting
+    stage = Stage("export", ("export", str(folder), "--to", str(folder / "served")), (folder / "served" / "x",))
+    (folder / "served").mkdir()
+    assert inputs_of(stage) == [folder]
 
 
 def test_a_stage_that_makes_nothing_is_an_error(setting):

@@ -71,6 +71,39 @@ def test_the_papers_run():
     assert len(found["totals"]) == 1
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("moshi_7b*.yaml") if "dpo" not in path.name))
+def test_every_large_configuration_has_a_dry_run(name):
+    found = dry_run_training(load_config(CONFIGS / name), Console(quiet=True))
+    assert found["plan"].episodes >= 1
+    assert found["plan"].episodes * found["plan"].rounds * found["plan"].workers >= 1
+
+
+def test_as_many_episodes_at_once_as_there_is_room_for():
+    def run(gpu_gib):
+        return dry_run_training(
+            load_config(CONFIGS / "moshi_7b_lora_1gpu.yaml", ["rollout.batch_size=0", f"dry_run.gpu_gib={gpu_gib}"]),
+            Console(quiet=True),
+        )
+
+    little, much = run(30), run(2000)
+    assert 1 <= little["plan"].episodes < much["plan"].episodes
+    config = load_config(CONFIGS / "moshi_7b_lora_1gpu.yaml")
+    assert much["plan"].episodes == config.trainer.groups * config.trainer.group_size
+    assert little["plan"].episodes * little["plan"].rounds >= much["plan"].episodes
+
+
+def test_bfloat16_weights_that_are_trained_have_float32_copies():
+    keys = ["checkpoint=nano", "optimiser.learning_rate=1e-5"]
+    configs = [load_config(None, [*keys, f"dtype={name}"]) for name in ("float32", "bfloat16")]
+    whole, half = (dry_run_training(config, Console(quiet=True)) for config in configs)
+    name = "float32 copies of what is trained"
+    assert name not in whole["learner"]
+    trained = sum(size for part, size in half["learner"].items() if "optimiser" in part and "depth" not in part)
+    # bfloat16: weights 2, gradient 2 and two moments 2 each are counted; 10 more make the 18 that there are.
+    assert half["learner"][name] <= trained * 10 / 8 + 1
+    assert half["learner"][name] > 0
+
+
 def test_adapters_on_one_gpu_share_the_weights():
     found = dry_run_training(load_config(CONFIGS / "moshi_7b_lora_1gpu.yaml"), Console(quiet=True))
     assert found["worker"]["policy that acts"] == 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -298,9 +299,9 @@ class TestPairModel:
     @pytest.mark.parametrize(("streams", "count"), [("text", 0), ("audio", 8)])
     def test_likelihood_of_the_chosen_replies(self, nano, streams, count):
         pairs = make_pairs(nano.lm, 2)
-        ids = stream_ids(nano.lm, "text")
-        batch = PairCollator(ids)([(pair, None) for pair in pairs])
-        assert batch["reply_mask"].int().tolist() == [[0] * 3 + [1] * 8] * 2 + [[0] * 3 + [1] * 6 + [0] * 2] * 2
+        pairs[1] = replace(pairs[1], chosen=pairs[1].chosen[:, :5], chosen_span=(1, 5))
+        batch = PairCollator(stream_ids(nano.lm, "text"))([(pair, None) for pair in pairs])
+        assert batch["reply_mask"].sum(dim=1).tolist() == [8, 5, 6, 6]
         with torch.no_grad():
             output = PairModel(nano.lm, sft_streams=streams)(**batch)
             plain = PairModel(nano.lm)(**batch)
@@ -311,12 +312,9 @@ class TestPairModel:
         for stream in range(1 + count):
             logits = moshi.text_logits[:, 0] if stream == 0 else moshi.logits[:, stream - 1]
             log_probs = torch.log_softmax(logits, -1)
-            own = [
-                log_probs[row, 3 + frame, int(pair.chosen[stream, frame])]
-                for row, pair in enumerate(pairs)
-                for frame in range(8)
-            ]
-            means.append(-torch.stack(own).mean())
+            for row, pair in enumerate(pairs):
+                own = [log_probs[row, 3 + n, int(token)] for n, token in enumerate(pair.chosen[stream])]
+                means.append(-torch.stack(own).mean())
         torch.testing.assert_close(output.sft, torch.stack(means).mean())
 
     def test_the_likelihood_is_added_to_the_loss_and_teaches_the_depth_transformer(self):
@@ -612,6 +610,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("keys", "message"),
         [
+            ({"lora__rank": 4, "lora__parts": "[depth]"}, "a loss about text alone teaches only temporal ones"),
+            ({"checkpointing__best": "-eval_loss"}, "checkpointing.best is of `train`"),
+            ({"evaluation__before": "x.json"}, "evaluation.before is of `train`"),
+            ({"device": "cuda:1"}, "takes the first GPU; set CUDA_VISIBLE_DEVICES"),
             ({"loss__name": "dpo"}, "loss.name 'dpo' is not known: choose sigmoid_norm"),
             ({"loss__beta": 0}, "loss.beta must be above 0"),
             ({"loss__streams": "all"}, "loss.streams 'all'"),

@@ -146,6 +146,7 @@ def _score(
         "samples": len(samples),
         "data": str(benchmark.data),
     }
+    failed = 0 if judge is None else judge.meter.failed  # with the systems before this one
     if benchmark.suite == "fdb-v1.5":
         values = score_v15(samples, root, words, detector, judge)
     else:
@@ -162,7 +163,7 @@ def _score(
         extra["official_script"] = official_figures(official)
         extra["human_timing"] = human is not None
     if judge is not None:
-        extra["judge"] = {"model": judge.config.model, "failed": judge.meter.failed}
+        extra["judge"] = {"model": judge.config.model, "failed": judge.meter.failed - failed}
     if benchmark.quality is not None:
         extra["speech_quality"] = benchmark.quality.name
         values |= _quality(benchmark.quality, samples, root, detector)

@@ -137,6 +137,8 @@ def _sample(suite: str, task: str, folder: Path) -> Sample:
     audio_info(folder / "input.wav")
     if suite == "fdb-v1.5":
         record = read_json(folder / "metadata.json")
+        if not isinstance(record, dict):
+            raise InputError(f"{folder / 'metadata.json'} must be an object with `timestamps`, found {record!r:.80}")
         texts = {"context": record.get("context_text"), "interrupt": record.get("current_turn_text")}
         event = _interval(record.get("timestamps"), folder / "metadata.json")
         return Sample(task, folder.name, folder, event, _texts(texts))
