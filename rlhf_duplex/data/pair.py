@@ -226,7 +226,7 @@ def read_pairs(path: Path, streams: StreamFormat | None = None) -> list[Pair]:
     return read_json_lines(
         path,
         "list of pairs",
-        "give the path of a pairs.jsonl, as rlhf-duplex pairs makes it",
+        "make them with rlhf-duplex pairs",
         lambda row: _parse(row, path.parent, streams, shards),
     )
 
