@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from envs.cores import cores
+from envs.files import write_text
 from experiments.scaling.measure import fit, measure_rollouts, measure_runs, measure_updates
 from experiments.scaling.predict import predictions, table
 
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found["update"] = {"points": updates, **fit(updates, ("one", "tokens"))}
     found["predictions"] = predictions()
     text = table(found)
-    (options.out / "scaling.json").write_text(json.dumps(found, indent=2) + "\n")
-    (options.out / "scaling.md").write_text(text + "\n")
+    write_text(options.out / "scaling.json", json.dumps(found, indent=2) + "\n")
+    write_text(options.out / "scaling.md", text + "\n")
     console.print(text, soft_wrap=True)
     console.print(f"wrote {options.out / 'scaling.json'} and {options.out / 'scaling.md'}")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.metrics import read_results, verdict
 from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval
@@ -94,4 +95,4 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Beside the table, for who wants the numbers."""
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")

@@ -10,6 +10,7 @@ Writes `table.md` and `table.json` into the folder; a run that is there is kept.
 import argparse
 from pathlib import Path
 
+from envs.files import write_text
 from experiments.warmstart.common import (
     cell,
     held_out_accuracy,
@@ -83,7 +84,7 @@ def main() -> None:
     header = ["loss", "held-out accuracy", "talk-over a second", "words an episode"]
     header += [f"{axis} {metric}, change" for axis, metric in AXES]
     table = markdown(header, rows)
-    (options.out / "table.md").write_text(table)
+    write_text(options.out / "table.md", table)
     write_json(options.out / "table.json", {"seeds": options.seeds, "losses": record})
     print(table)
     print(f"wrote {options.out / 'table.md'} and {options.out / 'table.json'}")

@@ -11,6 +11,7 @@ every RL run.
 import argparse
 from pathlib import Path
 
+from envs.files import write_text
 from experiments.warmstart.common import cell, markdown, mean_of, paired, run_once, seeds, write_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,7 +47,7 @@ def main() -> None:
         record[axis] = {"alone": means[0], "warm": means[1], "change": difference._asdict() if difference else None}
     table = markdown(["axis", "RL alone", "warm start + RL", "difference"], rows)
     verdict = f"better on {words.count('better')} axes, worse on {words.count('worse')}"
-    (options.out / "table.md").write_text(f"{table}\n{verdict}\n")
+    write_text(options.out / "table.md", f"{table}\n{verdict}\n")
     write_json(options.out / "table.json", {"seeds": options.seeds, "axes": record, "verdict": verdict})
     print(f"{table}\n{verdict}\nwrote {options.out / 'table.md'} and {options.out / 'table.json'}")
 
