@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from envs.errors import InputError
-from rlhf_duplex.config import check_resumed, to_yaml
+from rlhf_duplex.config_files import check_resumed, to_yaml
 from rlhf_duplex.policy.bundle import find_bundle
 
 

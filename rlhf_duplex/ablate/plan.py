@@ -25,7 +25,8 @@ from typing import Any
 from envs.errors import InputError
 from rlhf_duplex.ablate.ray_tune import AshaConfig, RayConfig
 from rlhf_duplex.ablate.search import SearchConfig, check_search, kept_points, random_points
-from rlhf_duplex.config import Config, load_config, load_structured
+from rlhf_duplex.config import Config, load_config
+from rlhf_duplex.config_files import load_structured
 
 
 @dataclass

@@ -31,7 +31,8 @@ from rlhf_duplex.ablate.trial import (
     run_job,
     write_record,
 )
-from rlhf_duplex.config import Config, to_yaml
+from rlhf_duplex.config import Config
+from rlhf_duplex.config_files import to_yaml
 from rlhf_duplex.evaluation.metrics import read_results
 
 DECIDE_BEFORE = ("checkpoint", "dtype", "device", "segments", "sampling", "detector", "lora", "prompt", "evaluation")

@@ -19,7 +19,7 @@ from typing import Any
 
 from envs.errors import InputError
 from envs.files import write_text
-from rlhf_duplex.config import DECIDES_NUMBERS, check_resumed, to_yaml
+from rlhf_duplex.config_files import DECIDES_NUMBERS, check_resumed, to_yaml
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0  # a trial that is asked to stop ends the update that is under way and writes a checkpoint

@@ -19,8 +19,8 @@ from rlhf_duplex.config import (
     SamplingConfig,
     _default_rewards,
     check_lora,
-    load_structured,
 )
+from rlhf_duplex.config_files import load_structured
 from rlhf_duplex.policy.lora import PARTS, part_of
 
 LOSSES = ("sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust", "simpo")

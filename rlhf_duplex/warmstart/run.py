@@ -18,7 +18,7 @@ from envs.speech import SpeechDetector, make_detector
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.checkpoint import last_checkpoint
-from rlhf_duplex.config import check_resumed
+from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.data.pair import Pair, read_pairs, stream_format
 from rlhf_duplex.evaluation.metrics import format_table, read_results

@@ -20,7 +20,7 @@ from rlhf_duplex.ablate.plan import load_plan
 from rlhf_duplex.ablate.run import _lock, ablate, show_plan
 from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
-from rlhf_duplex.config import to_yaml
+from rlhf_duplex.config_files import to_yaml
 from rlhf_duplex.run_folder import make_console
 
 pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy

@@ -11,7 +11,8 @@ from rlhf_duplex.ablate.presets import preset_conditions
 from rlhf_duplex.ablate.run import before_key
 from rlhf_duplex.ablate.search import SearchConfig, random_points
 from rlhf_duplex.cli import main
-from rlhf_duplex.config import Config, TrainerConfig, check_resumed, load_config
+from rlhf_duplex.config import Config, TrainerConfig, load_config
+from rlhf_duplex.config_files import check_resumed
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs" / "debug.yaml"

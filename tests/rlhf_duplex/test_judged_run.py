@@ -10,7 +10,8 @@ from rich.console import Console
 from envs import write_manifest
 from experiments.judge.server import MODEL, Handler, JudgeServer
 from rlhf_duplex.cli import main
-from rlhf_duplex.config import check_resumed, load_config
+from rlhf_duplex.config import load_config
+from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.trainer import Trainer, train
 
 KEY = "sk-a-key-that-must-not-be-written"
