@@ -2,11 +2,14 @@
 
 python -m experiments.ablations.signs runs/ablations/leave_one_axis_out
 
-The paper's interruption rating has the judge's score (`content`) beside it, where the base has one.
+The paper's interruption rating has a judge's score of the answers to interruptions beside it.
 """
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from envs.errors import InputError
 from rlhf_duplex.report.comparison import effect_rows
@@ -16,7 +19,7 @@ METRICS = (
     (("pause_handling", "takeover_rate"), "pause TOR"),
     (("backchannel", "jsd"), "BC JSD"),
     (("turn_taking", "latency"), "turn latency"),
-    (("content", "reward"), "rating of answers"),
+    (("content", "reward"), "interruption rating"),
 )
 PAPER_FULL = (0.42, 0.79, 0.12, 3.58)
 PAPER = {
@@ -35,11 +38,23 @@ def sign(value: float) -> str:
     return "0" if abs(value) < 5e-4 else "+" if value > 0 else "\u2212"
 
 
+def answers_to_interruptions(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A result whose judge's scores are those of the interruptions alone: the paper rates no others."""
+    if result is None or "content" not in result["segments"]:
+        return result
+    segments = result["segments"]
+    asked = segments["user_interruption"]["reward"]
+    scores = {name: score for name, score in segments["content"]["reward"].items() if name in asked}
+    return {**result, "segments": {**segments, "content": {"reward": scores}}}
+
+
 def sign_table(comparison: Comparison) -> str:
     """A row a condition of the paper, a cell a metric: the paper's sign, then ours with the difference.
 
     Bold where the corrected p is below 0.05; `agree` counts cells with equal signs among those where the paper has one.
     """
+    runs = tuple(replace(run, after=answers_to_interruptions(run.after)) for run in comparison.runs)
+    comparison = replace(comparison, runs=runs)
     known = {(a, m) for run in comparison.finished for a, row in (run.after or {})["axes"].items() for m in row}
     shown = [(index, metric) for index, (metric, _) in enumerate(METRICS) if metric in known]
     rows = {row["name"]: row["cells"] for row in effect_rows(comparison, [metric for _, metric in shown])}

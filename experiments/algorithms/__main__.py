@@ -40,6 +40,9 @@ def run(method: str, seed: int, out: Path, overrides: Sequence[str]) -> None:
     arguments = [f"run_dir={folder}", f"seed={seed}", *METHODS[method], *overrides]
     if list(folder.glob("checkpoints/step_*")):
         arguments.append("resume=true")
+    measured = [path for path in sorted(out.glob("*_[0-9]*/evaluation/before.json")) if path.parents[1] != folder]
+    if measured:  # all begin with the same policy
+        arguments.append(f"evaluation.before={measured[0]}")
     command = [sys.executable, "-m", "rlhf_duplex.cli", "train", str(ROOT / "configs" / "quickstart.yaml"), *arguments]
     print(f"{method}, seed {seed}: {' '.join(arguments)}", flush=True)
     with open(out / f"{method}_{seed}.log", "a") as log:

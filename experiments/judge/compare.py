@@ -20,7 +20,7 @@ import numpy as np
 from experiments.judge.server import MODEL, JudgeServer
 
 CONFIG = Path(__file__).parent / "nano_content.yaml"
-ARMS = {"with": 1.0, "without": 0.0}
+ARMS: dict[str, list[str]] = {"with": [], "without": ["rewards.content.weight=0"]}  # the rest is as in the file
 SHOWN = (
     ("content", "reward"),
     ("turn_taking", "latency"),
@@ -49,7 +49,7 @@ def run(arm: str, seed: int, out: Path, judge: str, overrides: Sequence[str]) ->
                 f"seed={seed}",
                 f"resume={str(begun).lower()}",
                 f"rewards.content.judge.base_url={judge}",
-                f"rewards.content.weight={ARMS[arm]}",
+                *ARMS[arm],
                 *overrides,
             ],
         )

@@ -26,12 +26,12 @@ from experiments.warmstart.common import (
 from rlhf_duplex.evaluation.statistics import bootstrap_interval
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nano_dpo_ln.yaml"
-# The length-normalised losses see log-ratios of a token, the others those of a reply; SimPO's own scale of beta.
+# |y| is about 80 frames: the length-normalised losses see log-ratios that much smaller, and have a beta that much larger.
 LOSSES = {
-    "DPO": ["loss.name=sigmoid", "loss.beta=0.3"],
-    "DPO-LN": ["loss.name=sigmoid_norm", "loss.beta=0.3"],
-    "APO-Zero": ["loss.name=apo_zero", "loss.beta=0.3"],
-    "SimPO": ["loss.name=simpo", "loss.beta=2.0", "training.batch_size=32"],
+    "DPO": ["loss.name=sigmoid", "loss.beta=0.12"],
+    "DPO-LN": ["loss.name=sigmoid_norm", "loss.beta=10"],
+    "APO-Zero": ["loss.name=apo_zero", "loss.beta=0.12"],
+    "SimPO": ["loss.name=simpo", "loss.beta=10"],
 }
 AXES = (
     ("turn_taking", "barge_in_rate"),
