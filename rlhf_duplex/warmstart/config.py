@@ -118,6 +118,8 @@ class TrainingConfig:
             rate of 5e-9 is lost in bfloat16 weights, which keep 8 bits.
         fsdp: shard weights, gradients and optimiser over the devices (start it with accelerate or torchrun).
         devices: how many the dry run reckons with; a real run counts them itself.
+        at_most: by kind of pair (`pause_handling: 40`), how many of it are learned from, spread over all of it:
+            too many pairs that say "keep silent" make a policy that does not answer.
     """
 
     epochs: int = 1
@@ -127,6 +129,7 @@ class TrainingConfig:
     autocast: str = "none"
     fsdp: bool = False
     devices: int = 1
+    at_most: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -256,6 +259,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         "evaluation.episodes": config.evaluation.episodes,
         "evaluation.seed": config.evaluation.seed,
         "evaluation.lead_in": config.evaluation.lead_in,
+        **{f"training.at_most.{kind}": count for kind, count in training.at_most.items()},
         **{f"optimiser.learning_rates.{part}": rate for part, rate in vars(optimiser.learning_rates).items()},
     }
     for key, value in not_negative.items():

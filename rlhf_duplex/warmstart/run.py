@@ -1,6 +1,6 @@
 """`rlhf-duplex warmstart`: pairs and a checkpoint in, a run folder with a better checkpoint and a report out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -158,15 +158,32 @@ def _line(step: int, steps: int, metrics: dict[str, float]) -> str:
     )
 
 
-def split_pairs(pairs: Sequence[Pair], limit: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Training pairs, and held-out ones (the first `limit` of each kind; 0: all).
+def split_pairs(
+    pairs: Sequence[Pair], limit: int = 0, at_most: Mapping[str, int] | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs (`at_most` so many of a kind, spread over all of it), and held-out ones (`limit` of each kind).
+
+    Args:
+        pairs: of both splits.
+        limit: the first so many held-out pairs of each kind; 0: all.
+        at_most: training pairs by kind; kinds that are not named have no limit.
 
     Raises:
-        InputError: there is no training pair.
+        InputError: there is no training pair, or none of a kind that `at_most` names.
     """
     train = [pair for pair in pairs if pair.split == "train"]
     if not train:
         raise InputError("none of the pairs has split 'train': there is nothing to learn from")
+    for kind, count in (at_most or {}).items():
+        members = [pair for pair in train if pair.kind == kind]
+        if not members:
+            kinds = ", ".join(sorted({pair.kind for pair in train}))
+            raise InputError(f"training.at_most: no training pair is of the kind '{kind}' (there are {kinds})")
+        if count < len(members):
+            kept = {members[i * len(members) // count].id for i in range(count)}
+            train = [pair for pair in train if pair.kind != kind or pair.id in kept]
+    if not train:
+        raise InputError("training.at_most leaves no training pair")
     seen: dict[str, int] = {}
     held_out = []
     for pair in pairs:
@@ -234,7 +251,7 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         check_machine(config)
         check_prompt(config.prompt)
         pairs = read_pairs(Path(config.pairs))
-        train, held_out = split_pairs(pairs, config.evaluation.pairs)
+        train, held_out = split_pairs(pairs, config.evaluation.pairs, config.training.at_most)
         suite = Suite(config)
     run_dir = Path(config.run_dir)
     if main:

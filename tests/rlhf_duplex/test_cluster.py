@@ -64,6 +64,7 @@ def test_the_same_metrics_wherever_the_work_is_done(algorithm, nodes, folder, tm
     assert here[0]["reward_std/words"] > 0
     assert here[-1]["kl"] > 0
     assert [line["staleness"] for line in here] == [0.0] * 3
+    assert_same(here, run("1", cluster__workers=1))
     assert_same(here, run("2", cluster__workers=2))
     # Weights cut over two learners round otherwise in the optimiser's step; a broadcast brings them to the worker.
     cut = {"cluster.strategy": "fsdp", "cluster.learners": 2, "cluster.weights": "broadcast"}
@@ -133,7 +134,7 @@ def test_a_run_survives_deaths_and_a_node_that_goes(nodes, folder, tmp_path):
         **{"cluster.max_failures": 30, "checkpointing.every": 2},
     )
     assert happened.count("learner") == 2
-    assert happened.count("worker") >= 3
+    assert happened.count("worker") >= (5 if UPDATES >= 20 else 3)
     assert "node" in happened
     # No episode twice and none lost: every number is that of the run in which nobody died.
     assert [line["update"] for line in stormy] == list(range(1, UPDATES + 1))

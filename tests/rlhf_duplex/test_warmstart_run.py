@@ -219,3 +219,17 @@ class TestMistakes:
         train, held_out = split_pairs(make_pairs(nano.lm, 24), limit=1)
         assert len(train) == 18
         assert sorted(pair.kind for pair in held_out) == sorted(KINDS)
+
+    def test_at_most_so_many_of_a_kind(self, nano):
+        pairs = make_pairs(nano.lm, 24)
+        whole, _ = split_pairs(pairs)
+        train, held_out = split_pairs(pairs, at_most={"pause_handling": 2, "turn_taking": 99})
+        assert [pair.kind for pair in train].count("pause_handling") == 2
+        assert [p for p in train if p.kind != "pause_handling"] == [p for p in whole if p.kind != "pause_handling"]
+        pauses = [pair for pair in whole if pair.kind == "pause_handling"]
+        assert [pair for pair in train if pair.kind == "pause_handling"] == [pauses[0], pauses[len(pauses) // 2]]
+        assert len(held_out) == 6
+
+    def test_a_kind_that_no_pair_has(self, nano):
+        with pytest.raises(InputError, match=r"no training pair is of the kind 'pause' \(there are interruption"):
+            split_pairs(make_pairs(nano.lm), at_most={"pause": 2})
