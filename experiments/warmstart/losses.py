@@ -26,7 +26,7 @@ from experiments.warmstart.common import (
 from rlhf_duplex.evaluation.statistics import bootstrap_interval
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nano_dpo_ln.yaml"
-# |y| is some 80 frames: the length-normalised losses see log-ratios that much smaller, and take a beta that much larger.
+# |y| is some 80 frames: the length-normalised losses see log-ratios so much smaller, and take a beta so much larger.
 LOSSES = {
     "DPO": ["loss.name=sigmoid", "loss.beta=0.12"],
     "DPO-LN": ["loss.name=sigmoid_norm", "loss.beta=10"],
