@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +119,25 @@ def page(out: Path, text: str) -> str:
         f"{line_chart(axis, curves(out, axis), 'reward', axis, 'seconds of audio')}</figure>"
         for axis in AXES
     )
-    style = "body{font:15px sans-serif;margin:2em} pre{overflow:auto} figure{display:inline-block;margin:1em}"
-    style += "svg{width:480px;height:auto}"
+    style = "body{font:15px sans-serif;margin:2em} figure{display:inline-block;margin:1em} svg{width:480px;height:auto}"
+    style += "table{border-collapse:collapse} th,td{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc}"
+    style += "svg text{font:10px sans-serif}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Algorithms on nano</title><style>{style}</style>'
-        f"<h1>Algorithms on nano, at equal seconds of audio</h1><pre>{text}</pre>{charts}</html>"
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Algorithms on nano</title><style>{style}</style>"
+        f"<h1>Algorithms on nano, at equal seconds of audio</h1>{_html(text)}{charts}</html>"
     )
+
+
+def _html(text: str) -> str:
+    """A Markdown table as HTML."""
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

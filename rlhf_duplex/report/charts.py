@@ -61,7 +61,7 @@ def line_chart(
     x_low, x_high = padded(float(stacked[:, 0].min()), float(stacked[:, 0].max()), 0.0)
     y_low, y_high = padded(float(stacked[:, 1].min()), float(stacked[:, 1].max()), 0.06)
     legend_rows = math.ceil(len(clean) / 2) if len(clean) > 1 else 0
-    height = _HEIGHT + 16 * legend_rows
+    height = _HEIGHT + 16 * legend_rows + (4 if legend_rows else 0)
     plot_bottom = _HEIGHT - _BOTTOM
 
     def x_at(x: float) -> float:
@@ -183,7 +183,9 @@ def grid(x_low, x_high, y_low, y_high, x_at, y_at, bottom, whole: bool = True) -
 
 
 def _tick(value: float) -> str:
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("-", "\u2212")
+    value = 0.0 if abs(value) < 1e-12 else value
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    return text.replace("-", "\u2212")
 
 
 def _path(points: np.ndarray, x_at, y_at, colour: str, dash: str, width: float, opacity: float) -> Markup:

@@ -45,7 +45,9 @@ def test_the_table_and_curves_of_algorithms(tmp_path):
     audio, values = curves(tmp_path, "turn_taking")["ppo"]
     assert audio == [10.0, 20.0, 30.0]
     assert values == [0.5, 1.0, 1.5]  # the mean over the seeds, and over the updates so far
-    assert "<svg" in page(tmp_path, text)
+    written = page(tmp_path, text)
+    assert "<svg" in written
+    assert '<th scope="row">grpo</th><td>2</td><td>30</td>' in written
 
 
 def test_every_method_is_a_configuration():
