@@ -21,6 +21,7 @@ from rlhf_duplex.config import (
     check_lora,
 )
 from rlhf_duplex.config_files import load_structured
+from rlhf_duplex.data.pair import KINDS
 from rlhf_duplex.policy.lora import PARTS, part_of
 
 LOSSES = ("sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust", "simpo")
@@ -118,8 +119,8 @@ class TrainingConfig:
             rate of 5e-9 is lost in bfloat16 weights, which keep 8 bits.
         fsdp: shard weights, gradients and optimiser over the devices (start it with accelerate or torchrun).
         devices: how many the dry run reckons with; a real run counts them itself.
-        at_most: by kind of pair (`pause_handling: 40`), how many of it are learned from, spread over all of it:
-            too many pairs that say "keep silent" make a policy that does not answer.
+        at_most: by kind of pair (`pause_handling: 40`), how many of it are learned from, spread over all of it;
+            evens out kinds without making the pairs anew (`pairs --balance` cuts all to the rarest).
     """
 
     epochs: int = 1
@@ -229,6 +230,9 @@ def check_warmstart(config: WarmstartConfig) -> None:
     for key, (chosen, allowed) in choices.items():
         if chosen not in allowed:
             raise InputError(f"{key} '{chosen}' is not known: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
+    for kind in training.at_most:
+        if kind not in KINDS:
+            raise InputError(f"training.at_most.{kind} is not a kind of pair: choose {', '.join(KINDS)}")
     positive = {
         "loss.beta": loss.beta,
         "loss.onset_frames": loss.onset_frames,

@@ -169,16 +169,13 @@ def split_pairs(
         at_most: training pairs by kind; kinds that are not named have no limit.
 
     Raises:
-        InputError: there is no training pair, or none of a kind that `at_most` names.
+        InputError: there is no training pair, or `at_most` leaves none.
     """
     train = [pair for pair in pairs if pair.split == "train"]
     if not train:
         raise InputError("none of the pairs has split 'train': there is nothing to learn from")
     for kind, count in (at_most or {}).items():
         members = [pair for pair in train if pair.kind == kind]
-        if not members:
-            kinds = ", ".join(sorted({pair.kind for pair in train}))
-            raise InputError(f"training.at_most: no training pair is of the kind '{kind}' (there are {kinds})")
         if count < len(members):
             kept = {members[i * len(members) // count].id for i in range(count)}
             train = [pair for pair in train if pair.kind != kind or pair.id in kept]

@@ -230,6 +230,14 @@ class TestMistakes:
         assert [pair for pair in train if pair.kind == "pause_handling"] == [pauses[0], pauses[len(pauses) // 2]]
         assert len(held_out) == 6
 
-    def test_a_kind_that_no_pair_has(self, nano):
-        with pytest.raises(InputError, match=r"no training pair is of the kind 'pause' \(there are interruption"):
-            split_pairs(make_pairs(nano.lm), at_most={"pause": 2})
+    def test_a_limit_on_a_kind_that_no_pair_has_is_kept(self, nano):
+        pairs = make_pairs(nano.lm)
+        assert split_pairs(pairs, at_most={"backchannel": 2}) == split_pairs(pairs)
+
+    def test_a_limit_that_leaves_nothing(self, nano):
+        with pytest.raises(InputError, match="leaves no training pair"):
+            split_pairs(make_pairs(nano.lm), at_most=dict.fromkeys(KINDS, 0))
+
+    def test_a_limit_on_what_is_no_kind(self):
+        with pytest.raises(InputError, match=r"training\.at_most\.pause is not a kind of pair: choose "):
+            config_of(training__at_most__pause=2)
