@@ -2,7 +2,8 @@
 
 python -m experiments.ablations.signs runs/ablations/leave_one_axis_out
 
-The paper's interruption rating has a judge's score of the answers to interruptions beside it.
+The paper's interruption rating has a judge's score of the answers to interruptions beside it, and its latency that of
+Full-Duplex-Bench v1, to which an agent that begins before the user has ended answers after 0 s.
 """
 
 import argparse
@@ -38,14 +39,18 @@ def sign(value: float) -> str:
     return "0" if abs(value) < 5e-4 else "+" if value > 0 else "\u2212"
 
 
-def answers_to_interruptions(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A result whose judge's scores are those of the interruptions alone: the paper rates no others."""
-    if result is None or "content" not in result["segments"]:
-        return result
-    segments = result["segments"]
-    asked = segments["user_interruption"]["reward"]
-    scores = {name: score for name, score in segments["content"]["reward"].items() if name in asked}
-    return {**result, "segments": {**segments, "content": {"reward": scores}}}
+def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A result with the paper's measures: the judge's scores of interruptions alone, and 0 s for a barge-in."""
+    if result is None:
+        return None
+    segments = dict(result["segments"])
+    if "content" in segments:
+        asked = segments["user_interruption"]["reward"]
+        scores = {name: score for name, score in segments["content"]["reward"].items() if name in asked}
+        segments["content"] = {"reward": scores}
+    turns = segments["turn_taking"]
+    early = {name: 0.0 for name, share in turns["barge_in_rate"].items() if share}
+    return {**result, "segments": {**segments, "turn_taking": {**turns, "latency": turns["latency"] | early}}}
 
 
 def sign_table(comparison: Comparison) -> str:
@@ -53,7 +58,7 @@ def sign_table(comparison: Comparison) -> str:
 
     Bold where the corrected p is below 0.05; `agree` counts cells with equal signs among those where the paper has one.
     """
-    runs = tuple(replace(run, after=answers_to_interruptions(run.after)) for run in comparison.runs)
+    runs = tuple(replace(run, after=as_the_paper_measures(run.after)) for run in comparison.runs)
     comparison = replace(comparison, runs=runs)
     known = {(a, m) for run in comparison.finished for a, row in (run.after or {})["axes"].items() for m in row}
     shown = [(index, metric) for index, (metric, _) in enumerate(METRICS) if metric in known]

@@ -43,17 +43,19 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     """Train what is not trained yet, compare, and write `OUT/live.json`.
 
     Raises:
-        InputError: a training failed, or there are not as many replay runs as seeds.
+        InputError: a training failed, or there are not as many runs given as seeds.
     """
-    if arguments.replay and len(arguments.replay) != len(arguments.seeds):
-        raise InputError(f"--replay names {len(arguments.replay)} runs for {len(arguments.seeds)} seeds: one a seed")
+    for option, given in (("--replay", arguments.replay), ("--start", arguments.start)):
+        if given and len(given) != len(arguments.seeds):
+            raise InputError(f"{option} names {len(given)} runs for {len(arguments.seeds)} seeds: one a seed")
     kinds = [kind for kind in KINDS if kind == "replay" or not arguments.only_replay]
     runs: dict[str, Path] = {}
     for index, seed in enumerate(arguments.seeds):
         for kind in kinds:
             name = f"{kind}-{seed}"
             given = arguments.replay[index] if kind == "replay" and arguments.replay else None
-            runs[name] = given or train(arguments, kind, seed, arguments.out / name)
+            start = arguments.start[index] if arguments.start else arguments.checkpoint
+            runs[name] = given or train(arguments, kind, seed, start, arguments.out / name)
     checkpoints = [f"base={arguments.checkpoint}", *(f"{name}={last_checkpoint(path)}" for name, path in runs.items())]
     limit = 2 if arguments.tiny else arguments.dialogues
     config = load_config(None, [f"evaluation.limit={limit}", f"live.seconds={6 if arguments.tiny else 30}"])
@@ -69,18 +71,18 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     return path
 
 
-def train(arguments: argparse.Namespace, kind: str, seed: int, folder: Path) -> Path:
-    """A run folder, trained unless it is already.
+def train(arguments: argparse.Namespace, kind: str, seed: int, start: Path | str, folder: Path) -> Path:
+    """A run folder, trained from `start` unless it is already.
 
     Raises:
         InputError: the training did not come to its end.
     """
     if (folder / "evaluation" / "after.json").is_file():
         return folder
-    options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={arguments.checkpoint}"]
+    options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={start}"]
     options += LIVE if kind == "live" else ()
-    options += [] if arguments.updates is None else [f"trainer.updates={arguments.updates}"]
     options += TINY if arguments.tiny else ()
+    options += arguments.overrides
     options += ["resume=true"] if last_checkpoint(folder) is not None else []
     if command(["train", str(CONFIG), *options]) or not (folder / "evaluation" / "after.json").is_file():
         raise InputError(f"the training in {folder} did not end: the same command goes on with it")

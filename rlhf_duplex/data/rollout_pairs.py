@@ -98,7 +98,7 @@ def _pair(
     won, lost = _columns(episodes[best]), _columns(episodes[worst])
     shared = int((won != lost).any(dim=0).nonzero()[0])  # what both have in common is context
     episode = episodes[best]
-    first = frame_at(episode.scored_from, won.shape[1] / episode.duration)
+    first = frame_at(_decided_from(episode), won.shape[1] / episode.duration)
     span = (max(0, first - shared), won.shape[1] - shared)
     provenance: dict[str, Any] = {
         "source": "rollouts",
@@ -124,6 +124,12 @@ def _pair(
         rejected_span=span,
         provenance=provenance,
     )
+
+
+def _decided_from(episode: Episode) -> float:
+    """Episode time from which the reward of its axis looks: what both did before tells nothing of which is better."""
+    interruption = episode.event_intervals("interruption") if episode.segment.axis == "user_interruption" else None
+    return max(episode.scored_from, interruption[0].start) if interruption else episode.scored_from
 
 
 def dialogue_of(segment: Segment, folder: Path) -> str:

@@ -440,8 +440,12 @@ def test_rollouts_give_pairs_of_every_axis(rolled, one_a_axis, nano, streams, si
         assert pair.chosen.shape == pair.rejected.shape
         assert pair.chosen_span == pair.rejected_span
         assert pair.chosen_span[1] == pair.chosen.shape[1]
-        # Lead-in is context or outside the span; the scored window begins after a second.
-        assert pair.context.shape[1] + pair.chosen_span[0] >= streams.frame_at(1.0)
+        # Lead-in is context or outside the span; the scored window begins after a second. What an interruption
+        # interrupts is outside, too: its reward looks at nothing before.
+        first = streams.frame_at(1.0)
+        if pair.kind == "user_interruption":
+            first = streams.frame_at(segment.events["interruption"][0] - facts["start"])
+        assert pair.context.shape[1] + pair.chosen_span[0] == max(first, pair.context.shape[1])
         again = []
         for episode in pair_episodes(pair, streams, silero):
             scored_from = segment.start - facts["start"]
