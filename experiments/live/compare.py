@@ -7,7 +7,6 @@ base on the same dialogue.
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.cli import main as command
 from rlhf_duplex.config import load_config
@@ -23,6 +23,7 @@ from rlhf_duplex.evaluation.live import run_live
 from rlhf_duplex.evaluation.metrics import direction
 from rlhf_duplex.evaluation.statistics import bootstrap_interval, holm, permutation_test
 from rlhf_duplex.evaluation.systems import parse_systems
+from rlhf_duplex.report.systems import build_systems_page
 
 METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
 KINDS = ("replay", "live")
@@ -40,7 +41,7 @@ TINY = (
 
 
 def run(arguments: argparse.Namespace, console: Console) -> Path:
-    """Train what is not trained yet, compare, and write `OUT/live.json`.
+    """Train what is not trained yet, compare, and write `OUT/live.json` and the page `OUT/report.html`.
 
     Raises:
         InputError: a training failed, or there are not as many runs given as seeds.
@@ -64,10 +65,9 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     rows = comparisons(results, arguments.seeds, kinds)
     record = {"seeds": list(arguments.seeds), "dialogues": limit, "comparisons": rows}
     console.print(as_table(rows))
+    console.print(f"wrote {build_systems_page(arguments.out, results)}", soft_wrap=True)
     path = arguments.out / "live.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return path
 
 

@@ -37,6 +37,7 @@ def test_the_whole_of_it_tiny(tmp_path):
     assert main(["--tiny", "--seeds", "0", "--out", str(out)]) == 0
     record = json.loads((out / "live.json").read_text())
     assert record["dialogues"] == 2
+    assert "replay-0" in (out / "report.html").read_text()
     pairs = {(row["metric"], row["before"], row["after"]) for row in record["comparisons"]}
     assert ("seconds_lost", "replay", "live") in pairs
     trained = {path.parents[1].name for path in out.glob("*-0/checkpoints/step_000001")}
