@@ -13,7 +13,7 @@ def main(words: Sequence[str] | None = None) -> int:
         description="Base, trained by replay and trained live, compared in live dialogues, for some seeds.",
         epilog="examples:\n  python -m experiments.live --out runs/live --seeds 0 1 2\n"
         "  python -m experiments.live --out runs/live --only-replay --replay RUN0 RUN1 RUN2\n"
-        "  python -m experiments.live trainer.updates=12 --out runs/live_on --start RUN0 RUN1 RUN2",
+        "  python -m experiments.live trainer.updates=20 --out runs/live_on --start RUN0 RUN1 RUN2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/live"), help="run folder; what is there stays")
@@ -26,9 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", type=Path, nargs="*", default=[], help="run folders trained by replay, one a seed")
     parser.add_argument("--only-replay", action="store_true", help="train nothing live: base against replay alone")
     parser.add_argument("--tiny", action="store_true", help="two updates of a few episodes: does everything run?")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of configs/quickstart.yaml, for all training"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all training")
     arguments = parser.parse_intermixed_args(words)
 
     from envs.errors import InputError

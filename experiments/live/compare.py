@@ -26,14 +26,9 @@ from rlhf_duplex.evaluation.systems import parse_systems
 from rlhf_duplex.report.systems import build_systems_page
 
 METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
-KINDS = ("replay", "live")
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # of both: they differ in what follows alone
-# A live dialogue is two to three segments long: half the groups are about as many seconds.
-LIVE = (
-    "env=live", "trainer.groups=4", "live.dialogues=64", "live.seconds=20", "rewards.fluency.weight=2.0",
-    "rewards.pause_handling.weight=0", "rewards.turn_taking.weight=0", "rewards.backchannel.weight=0",
-    "rewards.user_interruption.weight=0",
-)  # fmt: skip
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRAINED_BY = {"replay": CONFIGS / "quickstart.yaml", "live": CONFIGS / "nano_live.yaml"}
+SAME = ("trainer.updates=12", "optimiser.learning_rate=5e-4")
 TINY = (
     "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "trainer.passes=1",
     "live.dialogues=2", "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
@@ -49,7 +44,7 @@ def run(arguments: argparse.Namespace, console: Console) -> Path:
     for option, given in (("--replay", arguments.replay), ("--start", arguments.start)):
         if given and len(given) != len(arguments.seeds):
             raise InputError(f"{option} names {len(given)} runs for {len(arguments.seeds)} seeds: one a seed")
-    kinds = [kind for kind in KINDS if kind == "replay" or not arguments.only_replay]
+    kinds = [kind for kind in TRAINED_BY if kind == "replay" or not arguments.only_replay]
     runs: dict[str, Path] = {}
     for index, seed in enumerate(arguments.seeds):
         for kind in kinds:
@@ -79,18 +74,17 @@ def train(arguments: argparse.Namespace, kind: str, seed: int, start: Path | str
     """
     if (folder / "evaluation" / "after.json").is_file():
         return folder
-    options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={start}"]
-    options += LIVE if kind == "live" else ()
+    options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={start}", *SAME]
     options += TINY if arguments.tiny else ()
     options += arguments.overrides
     options += ["resume=true"] if last_checkpoint(folder) is not None else []
-    if command(["train", str(CONFIG), *options]) or not (folder / "evaluation" / "after.json").is_file():
+    if command(["train", str(TRAINED_BY[kind]), *options]) or not (folder / "evaluation" / "after.json").is_file():
         raise InputError(f"the training in {folder} did not end: the same command goes on with it")
     return folder
 
 
 def comparisons(
-    results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], kinds: Sequence[str] = KINDS
+    results: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], kinds: Sequence[str] = tuple(TRAINED_BY)
 ) -> list[dict[str, Any]]:
     """For each metric: replay against base, live against base, live against replay, seeds pooled, p after Holm."""
     rows: list[dict[str, Any]] = []
