@@ -48,9 +48,11 @@ def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any]
         asked = segments["user_interruption"]["reward"]
         scores = {name: score for name, score in segments["content"]["reward"].items() if name in asked}
         segments["content"] = {"reward": scores}
-    turns = segments["turn_taking"]
-    early = {name: 0.0 for name, share in turns["barge_in_rate"].items() if share}
-    return {**result, "segments": {**segments, "turn_taking": {**turns, "latency": turns["latency"] | early}}}
+    if "turn_taking" in segments:
+        turns = segments["turn_taking"]
+        early = {name: 0.0 for name, share in turns["barge_in_rate"].items() if share}
+        segments["turn_taking"] = {**turns, "latency": turns.get("latency", {}) | early}
+    return {**result, "segments": segments}
 
 
 def sign_table(comparison: Comparison) -> str:

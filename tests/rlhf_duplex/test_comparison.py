@@ -207,3 +207,17 @@ def test_signs_against_the_papers(tmp_path):
     assert "paper \u2212; ours + (" in rows["without turn"]
     assert rows["without judge"].endswith("| not run | not run |")
     assert table.endswith("3 of 4 signs agree.")
+
+
+def test_the_papers_measures():
+    from experiments.ablations.signs import as_the_paper_measures
+
+    turns = {"barge_in_rate": {"a": 1.0, "b": 0.0, "c": 0.0}, "latency": {"a": 0.7, "b": 0.5}}
+    content = {"reward": {"x": 2.0, "a": 1.0}}
+    segments = {"turn_taking": turns, "content": content, "user_interruption": {"reward": {"x": -1.0}}}
+    found = as_the_paper_measures({"segments": segments})
+    assert found["segments"]["turn_taking"]["latency"] == {"a": 0.0, "b": 0.5}  # c was not answered
+    assert found["segments"]["content"]["reward"] == {"x": 2.0}  # a is a turn
+    assert turns["latency"]["a"] == 0.7
+    assert as_the_paper_measures({"segments": {}}) == {"segments": {}}
+    assert as_the_paper_measures(None) is None
