@@ -50,8 +50,8 @@ def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any]
         segments["content"] = {"reward": scores}
     if "turn_taking" in segments:
         turns = segments["turn_taking"]
-        early = {name: 0.0 for name, share in turns["barge_in_rate"].items() if share}
-        segments["turn_taking"] = {**turns, "latency": turns.get("latency", {}) | early}
+        early = {name: 0.0 for name, share in turns.get("barge_in_rate", {}).items() if share}
+        segments["turn_taking"] = turns | {"latency": turns.get("latency", {}) | early}
     return {**result, "segments": segments}
 
 
