@@ -40,7 +40,11 @@ def sign(value: float) -> str:
 
 
 def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A result with the paper's measures: the judge's scores of interruptions alone, and 0 s for a barge-in."""
+    """A result with the paper's measures: the judge's scores of interruptions alone, and 0 s for a barge-in.
+
+    Raises:
+        InputError: segments were drawn several times: their mean latency does not say which draws were barge-ins.
+    """
     if result is None:
         return None
     segments = dict(result["segments"])
@@ -50,7 +54,13 @@ def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any]
         segments["content"] = {"reward": scores}
     if "turn_taking" in segments:
         turns = segments["turn_taking"]
-        early = {name: 0.0 for name, share in turns.get("barge_in_rate", {}).items() if share}
+        rates = turns.get("barge_in_rate", {})
+        several = next((rate for rate in rates.values() if rate not in (0, 1)), None)
+        if several is not None:
+            raise InputError(
+                f"a segment's barge_in_rate is {several:g}, of several draws: evaluation.samples must be 1"
+            )
+        early = {name: 0.0 for name, rate in rates.items() if rate}
         segments["turn_taking"] = turns | {"latency": turns.get("latency", {}) | early}
     return {**result, "segments": segments}
 

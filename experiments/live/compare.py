@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from envs.files import write_text
 from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.cli import main as command
 from rlhf_duplex.config import load_config
+from rlhf_duplex.evaluation.effects import crossed_effect, paired_table
 from rlhf_duplex.evaluation.live import run_live
 from rlhf_duplex.evaluation.metrics import direction
 from rlhf_duplex.evaluation.statistics import bootstrap_interval, holm, permutation_test
@@ -28,7 +30,7 @@ from rlhf_duplex.report.systems import build_systems_page
 METRICS = ("seconds_lost", "gap", "answer_rate", "overlap", "barge_in_rate", "yield_rate", "stop_seconds")
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINED_BY = {"replay": CONFIGS / "quickstart.yaml", "live": CONFIGS / "nano_live.yaml"}
-SAME = ("trainer.updates=12", "optimiser.learning_rate=5e-4")
+SAME = ("trainer.updates=12", "optimiser.learning_rate=5e-4")  # of both, unless overridden
 TINY = (
     "trainer.updates=1", "trainer.groups=2", "trainer.group_size=2", "trainer.minibatch=4", "trainer.passes=1",
     "live.dialogues=2", "live.seconds=6", "evaluation.limit=1", "evaluation.episodes=1",
@@ -70,9 +72,12 @@ def train(arguments: argparse.Namespace, kind: str, seed: int, start: Path | str
     """A run folder, trained from `start` unless it is already.
 
     Raises:
-        InputError: the training did not come to its end.
+        InputError: the training did not come to its end, or what is there was trained from something else.
     """
     if (folder / "evaluation" / "after.json").is_file():
+        begun = OmegaConf.load(folder / "config.yaml").checkpoint
+        if str(begun) != str(start):
+            raise InputError(f"{folder} was trained from {begun}, not from {start}: choose another --out")
         return folder
     options = [f"run_dir={folder}", f"seed={seed}", f"checkpoint={start}", *SAME]
     options += TINY if arguments.tiny else ()
@@ -96,7 +101,11 @@ def comparisons(
             test = permutation_test(columns[one], columns[other])
             if test is None:
                 continue
-            each = [_column(results[f"{other}-{seed}"], metric) for seed in seeds]
+            each, against = (
+                {seed: _column(results[name if name == "base" else f"{name}-{seed}"], metric) for seed in seeds}
+                for name in (other, one)
+            )
+            crossed = crossed_effect(paired_table(each, against))
             rows.append(
                 {
                     "metric": metric,
@@ -105,11 +114,13 @@ def comparisons(
                     "means": {
                         name: bootstrap_interval(list(columns[name].values()))._asdict() for name in (one, other)
                     },
-                    "each_seed": [bootstrap_interval(list(column.values())).mean for column in each if column],
+                    "each_seed": [bootstrap_interval(list(column.values())).mean for column in each.values() if column],
                     "difference": test.difference,
                     "better": (test.difference > 0) == (direction("live", metric) > 0),
                     "p": test.p,
                     "n": test.n,
+                    # With seeds, too, taken as drawn from more of their kind.
+                    "crossed": crossed and {"low": crossed.low, "high": crossed.high, "p": crossed.p},
                 }
             )
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):

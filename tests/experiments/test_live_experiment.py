@@ -25,10 +25,21 @@ def test_seeds_are_pooled_dialogue_by_dialogue():
     assert rows["base", "replay"]["n"] == 1
     assert rows["base", "live"]["difference"] == pytest.approx(-1.25)  # a: 2 -> 1, b: 3 -> 1.5
     assert rows["base", "live"]["better"]
+    # a: -1 and -1, b: -2 and -1; as far as they agree, the interval lies around the mean of -1.25.
+    assert rows["base", "live"]["crossed"]["low"] < -1.25 < rows["base", "live"]["crossed"]["high"]
     assert rows["base", "live"]["each_seed"] == pytest.approx([1.0, 1.5])
     assert rows["replay", "live"]["difference"] == pytest.approx(-0.5)
     assert all(row["p_holm"] >= row["p"] for row in rows.values())
     assert [(row["before"], row["after"]) for row in comparisons(results, [0, 1], ["replay"])] == [("base", "replay")]
+
+
+def test_runs_from_elsewhere_are_not_taken_for_these(tmp_path, capsys):
+    run = tmp_path / "live" / "replay-0"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "evaluation" / "after.json").write_text("{}")
+    (run / "config.yaml").write_text("checkpoint: nano\n")
+    assert main(["--seeds", "0", "--out", str(run.parent), "--start", "runs/quickstart"]) == 2
+    assert f"{run} was trained from nano, not from runs/quickstart" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -221,3 +221,5 @@ def test_the_papers_measures():
     assert turns["latency"]["a"] == 0.7
     assert as_the_paper_measures({"segments": {}}) == {"segments": {}}
     assert as_the_paper_measures(None) is None
+    with pytest.raises(InputError, match=r"evaluation\.samples must be 1"):
+        as_the_paper_measures({"segments": {"turn_taking": {"barge_in_rate": {"a": 0.5}}}})
