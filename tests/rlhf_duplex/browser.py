@@ -30,8 +30,12 @@ INSPECTION = """(async () => {
   const players = [...document.querySelectorAll("audio")];
   const player = players[0];
   await player.play();
-  await new Promise((done) => setTimeout(done, 700));
   const head = player.closest(".side").querySelector(".playhead");
+  // A busy machine's audio starts late: up to 20 s, not one fixed wait.
+  for (let tries = 0; tries < 200; tries++) {
+    if (player.currentTime > 0.3 && head.style.visibility === "visible") break;
+    await new Promise((done) => setTimeout(done, 100));
+  }
   const result = {
     players: players.length, time: player.currentTime, duration: player.duration,
     head: head.style.visibility, moved: head.getAttribute("transform"),
@@ -62,7 +66,7 @@ INSPECTION = """(async () => {
 })()"""
 
 
-def visit(path: Path, script: str, screenshot: Path | None = None, seconds: float = 60.0) -> dict:
+def visit(path: Path, script: str, screenshot: Path | None = None, seconds: float = 120.0) -> dict:
     """Open a page, run a script in it, and say what happened.
 
     Args:

@@ -1,5 +1,6 @@
 """The cluster with real processes: the same numbers wherever the work is done, and whoever dies on the way."""
 
+import contextlib
 import os
 import random
 import signal
@@ -96,7 +97,11 @@ def test_rollouts_one_step_ahead(nodes, folder, tmp_path):
 
 
 def kill_soon(pid: int, seconds: float) -> None:
-    threading.Timer(seconds, lambda: os.kill(pid, signal.SIGKILL)).start()
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):  # died with its node meanwhile
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(seconds, kill).start()
 
 
 def test_a_run_survives_deaths_and_a_node_that_goes(nodes, folder, tmp_path):
