@@ -15,7 +15,7 @@ from envs.streaming import stream_speech
 from envs.utterances import clip_intervals
 from rlhf_duplex.data.corpora import CORPORA, Transcript
 from rlhf_duplex.data.curate_options import VoiceActivity
-from rlhf_duplex.data.recordings import Recording, check_recording, fingerprint
+from rlhf_duplex.data.recordings import Recording, check_recording, files_fingerprint
 
 _VERSION = 1
 _ENOUGH_WORDS, _LEAST_AGREEMENT, _SLACK_SECONDS = 20, 0.5, 0.3
@@ -70,7 +70,7 @@ def detection_path(folder: Path, layout: str, recording: Recording, voice: Voice
         [side[1:] for side in recording.sides],
         astuple(voice),
     )
-    files = fingerprint(recording.audio_paths + recording.sidecars)
+    files = files_fingerprint(recording.audio_paths + recording.sidecars)
     return folder / f"{hashlib.sha256(repr((deciding, files)).encode()).hexdigest()[:40]}.json"
 
 

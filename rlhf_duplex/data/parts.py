@@ -38,7 +38,7 @@ class Part:
     error: str = ""
 
 
-def fingerprint(facts: Mapping[str, Any]) -> str:
+def facts_fingerprint(facts: Mapping[str, Any]) -> str:
     """A short name of whatever JSON values decide the result."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -57,11 +57,11 @@ class PartStore:
 
     Args:
         out: the file of pairs that they will become; the folder is `NAME.parts/FINGERPRINT` beside it.
-        facts: see `fingerprint`.
+        facts: see `facts_fingerprint`.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
-        self.folder = out.with_name(f"{out.stem}.parts") / fingerprint(facts)
+        self.folder = out.with_name(f"{out.stem}.parts") / facts_fingerprint(facts)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"

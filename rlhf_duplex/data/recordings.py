@@ -122,7 +122,7 @@ def _check_whole(path: Path) -> None:
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
-def fingerprint(paths: tuple[Path, ...]) -> str:
+def files_fingerprint(paths: tuple[Path, ...]) -> str:
     """What tells files from other ones: their sizes, times of change, and some of their content.
 
     Reading all of a corpus anew to find out that it was done already would cost hours.
