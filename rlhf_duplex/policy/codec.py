@@ -28,6 +28,20 @@ def mimi_fingerprint(mimi: MimiModel) -> str:
     return digest.hexdigest()
 
 
+def shared_beginnings(codes: torch.Tensor) -> tuple[list[int], list[int]]:
+    """For each row of `(B, K, T)` the earlier row that begins like it for longest, and for how many frames.
+
+    The first row shares nothing: row 0, 0 frames.
+    """
+    sources, frames = [0], [0]
+    for row in range(1, len(codes)):
+        same = (codes[:row] == codes[row]).all(dim=1).long().cumprod(dim=-1).sum(dim=-1)
+        longest, source = same.max(dim=0)
+        sources.append(int(source))
+        frames.append(int(longest))
+    return sources, frames
+
+
 class MimiCodec:
     """Audio and text to tokens and back, at the sizes that the bundle has (see `envs.codec.Codec`)."""
 
@@ -60,18 +74,31 @@ class MimiCodec:
         if self.device.type != "cpu":
             return self.mimi.decode(codes.to(self.device))[:, 0]
         # On a CPU one dialogue at a time, so that what is between two layers stays in a core's cache: outside
-        # streaming mode Mimi keeps no state.
-        return torch.stack(list(map_on_cores(self._decode_one, codes, self.device)))
+        # streaming mode Mimi keeps no state. What begins like another one (silence, while the user speaks) sounds
+        # like it so far, for every part of Mimi is causal, and is decoded once.
+        sources, shared = shared_beginnings(codes)
+        parts = zip(codes, shared if self._decoder is not None else [0] * len(codes), strict=True)
+        ends = list(map_on_cores(self._decode_from, parts, self.device))
+        audio = torch.empty(len(codes), codes.shape[-1] * self.frame_samples, dtype=ends[0].dtype)
+        for row, (source, end) in enumerate(zip(sources, ends, strict=True)):
+            known = audio.shape[1] - len(end)
+            audio[row, :known] = audio[source, :known]
+            audio[row, known:] = end
+        return audio
 
     @torch.no_grad()
-    def _decode_one(self, codes: torch.Tensor) -> torch.Tensor:
+    def _decode_from(self, part: tuple[torch.Tensor, int]) -> torch.Tensor:
+        """Audio of one dialogue from a frame on: codes `(agent_codebooks, T)` and that frame."""
+        codes, frame = part
         mimi = self.mimi
         if self._decoder is None:
             return mimi.decode(codes[None])[0, 0]
+        if frame == codes.shape[-1]:
+            return torch.empty(0)
         latent = mimi._to_encoder_framerate(mimi.decode_latent(codes[None]))
         if mimi.decoder_transformer is not None:
             (latent,) = mimi.decoder_transformer(latent)
-        return self._decoder(latent[0])
+        return self._decoder(latent[0], frame * latent.shape[-1] // codes.shape[-1])
 
     def decode_text(self, tokens: list[int]) -> str:
         """Words of a text stream, paddings and special pieces left out."""

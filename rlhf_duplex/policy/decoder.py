@@ -37,15 +37,32 @@ class SeanetDecoder:
     """
 
     def __init__(self, mimi: MimiModel) -> None:
+        modules = list(mimi.decoder.model)
         with torch.no_grad():
-            self._layers = [_layer(module) for module in mimi.decoder.model]
+            self._layers = [_layer(module) for module in modules]
+        self._past = _past(modules)
 
-    def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        """Latents `(C, T)` of one dialogue to audio `(N,)`."""
-        signal = latent.t()
+    def __call__(self, latent: torch.Tensor, since: int = 0) -> torch.Tensor:
+        """Latents `(C, T)` of one dialogue to audio `(N,)`, or to its end, from the latent `since` on."""
+        first = max(0, since - self._past)  # what the audio from there on has heard of what was before
+        signal = latent[:, first:].t()
         for layer in self._layers:
             signal = layer(signal)
-        return signal[:, 0]
+        return signal[(since - first) * (len(signal) // (latent.shape[1] - first)) :, 0]
+
+
+def _past(modules: Iterable[nn.Module]) -> int:
+    """How many latents before its own a sample is made of; of layers that `_layer` knows."""
+    steps = 0
+    for module in reversed(list(modules)):
+        if isinstance(module, SEANetResnetBlock):
+            steps += _past(module.block)
+        elif isinstance(module, StreamingConvTranspose1d):
+            steps = -(-steps // module.convtr.convtr.stride[0]) + 1
+        elif isinstance(module, StreamingConv1d):
+            inner = module.conv.conv
+            steps += (inner.kernel_size[0] - 1) * inner.dilation[0]
+    return steps
 
 
 def _layer(module: nn.Module) -> Layer:

@@ -7,6 +7,7 @@ from moshi.modules.seanet import SEANetDecoder
 from torch import nn
 
 from rlhf_duplex.policy.bundle import load_bundle
+from rlhf_duplex.policy.codec import shared_beginnings
 from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError, _layer
 
 
@@ -45,9 +46,47 @@ def test_a_decoder_of_the_released_mimis_shape():
     latent = torch.randn(1, 16, 9)
     with torch.no_grad():
         expected = decoder(latent)[0, 0]
-        ours = SeanetDecoder(Holder(decoder))(latent[0])
-    assert ours.shape == expected.shape == (9 * 960,)
-    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+        ours = SeanetDecoder(Holder(decoder))
+        whole, ends = ours(latent[0]), {since: ours(latent[0], since) for since in range(9)}
+    assert whole.shape == expected.shape == (9 * 960,)
+    assert (whole - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+    for since, end in ends.items():
+        assert end.shape == ((9 - since) * 960,)
+        assert (end - expected[since * 960 :]).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def test_what_the_end_of_a_dialogue_has_heard_is_no_more_than_it_is_given(nano):
+    decoder = SeanetDecoder(nano.mimi)
+    latent = torch.randn(128, 60, generator=torch.Generator().manual_seed(0))
+    longer, shorter = decoder._past, decoder._past - 1
+    whole = decoder(latent)[40 * 320 :]
+    assert torch.allclose(decoder(latent[:, 40 - longer :])[longer * 320 :], whole, atol=1e-6)
+    assert not torch.allclose(decoder(latent[:, 40 - shorter :])[shorter * 320 :], whole, atol=1e-6)
+    assert torch.allclose(decoder(latent, 40), whole, atol=1e-6)
+
+
+def test_shared_beginnings_by_hand():
+    a, b, c = [1, 1, 1, 1], [1, 1, 2, 1], [1, 1, 2, 2]
+    codes = torch.tensor([[a, a], [b, b], [a, c], [a, a], [b, c]])
+    assert shared_beginnings(codes) == ([0, 0, 0, 0, 1], [0, 2, 2, 4, 3])
+
+
+def test_a_beginning_that_dialogues_share_is_decoded_once(nano, monkeypatch):
+    codec = nano.codec
+    codes = torch.randint(0, 256, (4, 8, 30), generator=torch.Generator().manual_seed(0))
+    codes[1, :, :20] = codes[0, :, :20]  # a dialogue that goes another way
+    codes[2] = codes[0]  # the same one
+    alone = torch.cat([codec.decode(row[None]) for row in codes])
+    lengths = []
+    decoder = codec._decoder
+
+    def counting(latent, since):
+        lengths.append(latent.shape[1] - since)
+        return decoder(latent, since)
+
+    monkeypatch.setattr(codec, "_decoder", counting)
+    assert torch.allclose(codec.decode(codes), alone, atol=1e-6)
+    assert sorted(lengths) == [20, 60, 60]  # latents: two a frame
 
 
 @pytest.mark.parametrize(
