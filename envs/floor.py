@@ -23,7 +23,8 @@ class Floor:
     Attributes:
         turns: turns of the user that ended while there was time for an answer.
         offsets: of the answered ones, the floor-transfer offset in seconds.
-        waits: seconds that the user waited after each turn, answered or not; 0 where the agent spoke already.
+        waits: seconds that the user waited after each turn, answered or not; 0 where the answer began before its end.
+            Speech that runs on from before the turn is no answer.
         barge_ins: turns of the agent that begin within a turn of the user.
         stops: for each turn of the user that begins while the agent has the floor, seconds until the agent is silent.
         overlap: seconds of agent turns over user speech; user_seconds: of user speech.

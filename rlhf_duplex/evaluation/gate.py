@@ -7,13 +7,14 @@ A condition names an axis and a metric of the result, and when it fails::
     backchannel.f1 worse                 than --baseline RESULT.json: paired permutation test, p < 0.05
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import InputError
-from rlhf_duplex.evaluation.metrics import direction
+from rlhf_duplex.evaluation.metrics import DIRECTION, direction
 from rlhf_duplex.evaluation.statistics import permutation_test
 
 EXIT_CODE = 3
@@ -91,8 +92,8 @@ def failures(
 ) -> list[str]:
     """A sentence for every condition that fails, with the value that it fails by; empty where all pass.
 
-    A metric that the result's axis is known to have, but of which there is no value (the latency where no turn was
-    taken), fails its condition: what cannot be measured must not pass.
+    A metric that an axis is known to have, but of which there is no value (the latency where no turn was taken, the
+    words of an agent that says none), fails its condition: what cannot be measured must not pass.
 
     Args:
         conditions: from `parse_condition`.
@@ -110,20 +111,26 @@ def failures(
 def _failure(condition: Condition, result: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str | None:
     axes = result["axes"]
     name = f"{condition.axis}.{condition.metric}"
+    nothing = f"{condition.text}: {name} has no value"
+    built_in = (condition.axis, condition.metric) in DIRECTION
     if condition.axis not in axes:
+        if built_in:
+            return nothing
         raise InputError(
             f"--fail-if {condition.text!r}: there is no axis '{condition.axis}': there are {', '.join(sorted(axes))}"
         )
     estimate = axes[condition.axis].get(condition.metric)
     if estimate is None:
-        if direction(condition.axis, condition.metric) == 0:
+        if not built_in and direction(condition.axis, condition.metric) == 0:
             known = ", ".join(sorted(axes[condition.axis]))
             raise InputError(f"--fail-if {condition.text!r}: there is no metric {name}: there are {known}")
-        return f"{condition.text}: {name} has no value"
+        return nothing
     if condition.operator == "worse":
         assert baseline is not None
         return _worse(condition, result, baseline)
     value = estimate[condition.part]
+    if not math.isfinite(value):
+        return nothing
     if not _HOLDS[condition.operator](value, condition.bound):
         return None
     part = "" if condition.part == "mean" else f".{condition.part}"

@@ -63,11 +63,15 @@ DIRECTION: dict[tuple[str, str], int] = {
     ("live", "overlap"): -1,
     ("live", "yield_rate"): 1,
     ("live", "stop_seconds"): -1,
+    ("live", "floor_transfer_offset"): 0,
+    ("live", "backchannels_per_minute"): 0,
+    ("live", "user_yields"): 0,
     ("live", "judged_fluency"): 1,
     ("live", "judged_relevance"): 1,
     ("questions", "accuracy"): 1,
     ("questions", "answered"): 1,
     ("safety", "refusal_rate"): 1,
+    ("safety", "answered"): 0,
 }
 
 # By axis and metric, the value of each segment.

@@ -50,10 +50,14 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -
 
     The two played the same user: resampling the differences leaves out what differs between segments.
     """
-    shared = [segment for segment in before if segment in after]
-    if not shared:
-        return None
-    return bootstrap_interval([after[segment] - before[segment] for segment in shared])
+    differences = _differences(before, after)
+    return bootstrap_interval(differences.tolist()) if len(differences) else None
+
+
+def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> np.ndarray:
+    """After minus before, `(n,)`, of the segments for which both have a number."""
+    differences = np.array([after[segment] - before[segment] for segment in before if segment in after], dtype=float)
+    return differences[np.isfinite(differences)]
 
 
 class Permutation(NamedTuple):
@@ -75,17 +79,16 @@ def permutation_test(
     2010). Made for small n and values of any distribution, where a bootstrap interval is too narrow.
 
     Args:
-        before, after: a value a segment; segments that only one has are left out.
+        before, after: a value a segment; segments that only one has, or has no number for, are left out.
         draws: random swaps.
         seed: of the swaps; the same values always give the same p.
 
     Returns:
         None where no segment is shared.
     """
-    shared = [segment for segment in before if segment in after]
-    if not shared:
+    differences = _differences(before, after)
+    if not len(differences):
         return None
-    differences = np.array([after[segment] - before[segment] for segment in shared], dtype=float)
     found = float(differences.mean())
     moving = differences[differences != 0]  # swapping equal values changes nothing
     # Sums in different orders differ by rounding: a swap that gives the same must count as at least as far.
@@ -97,7 +100,7 @@ def permutation_test(
         rng = np.random.default_rng(seed)
         sums = np.concatenate([_swapped(moving, rng, size) for size in _parts(draws)])
         p = float((1 + np.sum(np.abs(sums) >= bound)) / (draws + 1))
-    return Permutation(found, p, len(shared))
+    return Permutation(found, p, len(differences))
 
 
 def _parts(draws: int, size: int = 1000) -> list[int]:

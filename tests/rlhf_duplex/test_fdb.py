@@ -307,6 +307,11 @@ def broken(root, change):
         (lambda f: (f / "output.json").write_text("{}"), "is no transcript"),
         (lambda f: (f / "output.json").unlink(), "--asr MODEL"),
         (lambda f: (f / "output.wav").unlink(), "output.wav is missing"),
+        (lambda f: (f / "output.wav").write_bytes(b"RIFF"), "output.wav cannot be read as audio"),
+        (
+            lambda f: (f / "output.json").write_text('{"chunks": [{"text": "a", "timestamp": [NaN, 1.0]}]}'),
+            "a word's times are [nan, 1.0]",
+        ),
         (lambda f: (f / "input.wav").write_bytes(b"RIFF"), "cannot be read as audio"),
     ],
 )

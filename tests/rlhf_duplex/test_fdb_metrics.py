@@ -58,6 +58,9 @@ def test_words_of_an_interval_as_the_official_script_counts_them():
         assert words_within(words(times), interval), times
     for times in (before, after, at_start):
         assert not words_within(words(times), interval), times
+    # Of a word without an end, begin and end are one: it is skipped unless it begins at the end or later.
+    assert not words_within(words((2.5, 2.5)), interval)
+    assert words_within(words((3.0, 3.0)), interval)
 
 
 SECONDS = 10.0
@@ -95,6 +98,11 @@ def test_fault_2_audio_is_taken_for_16_khz(spoken):
     assert official_speech(at_16, 16000, compatible=True) == official_speech(at_16, 16000) == corrected
 
 
+def test_speech_ends_with_the_audio_at_the_latest(spoken):
+    audio = resample(spoken.audio[: 10 * spoken.rate, spoken.user], spoken.rate, 16000)[: int(6.97 * 16000)]
+    assert official_speech(audio, 16000)[-1].end == pytest.approx(6.97)  # as Silero says it; rounded, it would be 7.0
+
+
 def test_fault_3_nothing_is_looked_at_after_a_long_interval():
     speech = [Interval(1.0, 1.5), Interval(2.0, 5.5), Interval(7.0, 7.4)]
     corrected, official = (backchannel(speech, [], SECONDS, None, compatible) for compatible in (False, True))
@@ -121,6 +129,10 @@ def test_divergence_by_hand():
     resampled = jensenshannon(counts / counts.sum(), [0.1, 0.2, 0.3, 0.45, 0.6])
     assert backchannel_divergence([Interval(0.2, 0.5)], 0.85, [0.1, 0.3, 0.6]) == pytest.approx(resampled)
     assert backchannel_divergence([], 0.85, human) == 1.0
+    # The one human share lies between the bins that the curve is read at: nothing to compare with, so no value.
+    empty = [0.0, 1.0, *[0.0] * 19]
+    assert math.isnan(backchannel_divergence([Interval(0.2, 0.5)], 0.85, empty))
+    assert "jsd" not in backchannel([Interval(0.2, 0.5)], [], 0.85, empty)
 
 
 def test_overlap_metrics_by_hand():

@@ -58,6 +58,11 @@ def test_equal_systems_rarely_close_the_gate():
 def test_what_was_not_measured_does_not_pass():
     found = result(takeover_rate=[0.0, 0.0])  # no turn taken: there is no latency
     assert fails("turn_taking.latency > 0.2", found) == ["turn_taking.latency > 0.2: turn_taking.latency has no value"]
+    # An agent that says no word has no axis of words; neither direction of a floor-transfer offset is better.
+    for text in ("words.known < 0.9", "live.floor_transfer_offset > 0.5"):
+        assert fails(text, found) == [f"{text}: {text.split()[0]} has no value"]
+    found["axes"]["turn_taking"]["latency"] = {"mean": float("nan"), "low": 0.0, "high": 1.0, "n": 3}
+    assert fails("turn_taking.latency > 0.2", found) == ["turn_taking.latency > 0.2: turn_taking.latency has no value"]
     other = {"axes": result(latency=[1.0])["axes"], "segments": {"turn_taking": {"latency": {"else": 1.0}}}}
     assert "shares no segment" in fails("turn_taking.latency worse", result(latency=[1.0]), other)[0]
 

@@ -1,5 +1,7 @@
 """Bootstrap intervals: what must hold of them whatever the values, and how often they hold the truth."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,14 @@ def test_permutation_test_by_hand():
     assert permutation_test(named([0, 0, 0, 5]), named([1, 2, 3, 5])) == (1.5, 0.25, 4)
     assert permutation_test(named([1.0]), {"other": 2.0}) is None
     assert permutation_test(named([4.0] * 30), named([4.0] * 30)) == (0.0, 1.0, 30)
+
+
+def test_what_is_no_number_is_left_out():
+    after = named([1, 2, math.nan, 3])
+    assert permutation_test(named([0, 0, 0, 0]), after) == (2.0, 0.25, 3)
+    assert paired_difference(named([0, 0, 0, 0]), after).mean == 2.0
+    assert permutation_test(named([0]), named([math.nan])) is None
+    assert paired_difference(named([math.nan]), named([0])) is None
 
 
 def test_drawn_swaps_agree_with_all_swaps():

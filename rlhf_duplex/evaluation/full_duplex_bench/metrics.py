@@ -89,16 +89,25 @@ def backchannel(
     said = decisions[-1:] if compatible else decisions
     found = {"takeover_rate": float(long or any(said)), "frequency": len(short) / seconds}
     if human is not None:
-        found["jsd"] = backchannel_divergence(short, seconds, human)
+        divergence = backchannel_divergence(short, seconds, human)
+        if not math.isnan(divergence):
+            found["jsd"] = divergence
     return found
 
 
 def words_within(words: Sequence[Word], interval: Interval) -> list[Word]:
-    """Words that the official script counts into an interval: those that touch it (at its end, also by a point)."""
+    """Words that the official script counts into an interval: those that touch it (at its end, also by a point).
+
+    One without an end (of no length here, see `read_words`) counts only from the interval's end on.
+    """
     return [
         word
         for word in words
-        if (word.start >= interval.start and word.end <= interval.end)
+        if (
+            word.start >= interval.start
+            and word.end <= interval.end
+            and (word.end > word.start or word.start >= interval.end)
+        )
         or (word.start <= interval.end < word.end)
         or (word.start <= interval.start < word.end)
     ]
@@ -108,6 +117,7 @@ def backchannel_divergence(short: Sequence[Interval], seconds: float, human: Seq
     """Jensen-Shannon distance (natural logarithm) between the timing of an agent and of people; 1 where it has none.
 
     Intervals are counted in bins of 0.2 s (+1e-10, normalised); the human distribution is resampled to as many bins.
+    NaN where nothing is left of it then: its few shares lay between the new bins.
     """
     if not short:
         return 1.0
@@ -120,7 +130,7 @@ def backchannel_divergence(short: Sequence[Interval], seconds: float, human: Seq
     else:
         curve = interp1d(np.linspace(0, 1, len(human)), human, kind="linear", fill_value="extrapolate")
         people = curve(np.linspace(0, 1, len(counts)))
-    return float(jensenshannon(counts / counts.sum(), people))
+    return float(jensenshannon(counts / counts.sum(), people)) if people.sum() > 0 else math.nan
 
 
 def official_speech(
@@ -137,7 +147,8 @@ def official_speech(
     detector = detector or benchmark_detector()
     heard = audio if compatible else resample(audio, rate, 16000)
     (found,) = detector.detect([heard], 16000)
-    return [Interval(round(i.start, 1), round(i.end, 1)) for i in found]
+    # As Silero rounds: never beyond the end of what it heard.
+    return [Interval(round(i.start, 1), min(round(i.end, 1), len(heard) / 16000)) for i in found]
 
 
 def benchmark_detector() -> SileroDetector:

@@ -19,6 +19,7 @@ from rlhf_duplex.evaluation.full_duplex_bench.metrics import benchmark_detector
 from rlhf_duplex.evaluation.full_duplex_bench.play import play_benchmark, transcribe_outputs
 from rlhf_duplex.evaluation.full_duplex_bench.samples import Sample, read_benchmark, read_output
 from rlhf_duplex.evaluation.full_duplex_bench.score import (
+    check_audio,
     estimates,
     hear_outputs,
     official_figures,
@@ -88,8 +89,10 @@ def run_benchmark(
     transcriber = make_transcriber("agent", "asr" if asr else "inner_monologue", asr)
     transcriber.prepare([])
     for system in benchmark.systems:
-        if system.outputs is not None and asr is None:
-            read_outputs(samples, system.outputs)
+        if system.outputs is not None:
+            check_audio(samples, system.outputs)
+            if asr is None:
+                read_outputs(samples, system.outputs)
     prepare()
     results = {}
     for system in benchmark.systems:

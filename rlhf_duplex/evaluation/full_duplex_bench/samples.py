@@ -188,8 +188,12 @@ def read_words(path: Path) -> list[Word]:
     try:
         for chunk in record["chunks"]:
             start, end = chunk["timestamp"]
-            if start is not None:
-                words.append(Word(str(chunk["text"]), float(start), float(start if end is None else end)))
+            if start is None:
+                continue
+            word = Word(str(chunk["text"]), float(start), float(start if end is None else end))
+            if not (math.isfinite(word.start) and math.isfinite(word.end)):
+                raise ValueError(f"a word's times are {chunk['timestamp']}")
+            words.append(word)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is no transcript ({type(error).__name__}: {error}): it needs "

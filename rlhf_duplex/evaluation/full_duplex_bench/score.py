@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.audio import audio_info
 from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval, SileroDetector
@@ -36,11 +37,30 @@ def read_human_timing(data: Path, given: Path | None = None) -> dict[str, list[f
         return None
     record = read_json(path)
     if not isinstance(record, dict) or not all(
-        isinstance(row, list) and row and all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in row)
+        isinstance(row, list)
+        and all(isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in row)
+        and sum(row) > 0
         for row in record.values()
     ):
-        raise InputError(f"{path} is no distribution of backchannels: it needs {{ID: [share of each bin, ...]}}")
+        raise InputError(
+            f"{path} is no distribution of backchannels: it needs {{ID: [share of each bin, ...]}}, not all of them 0"
+        )
     return {str(key): row for key, row in record.items()}
+
+
+def check_audio(samples: Sequence[Sample], root: Path) -> None:
+    """Whether a system has audio for every sample.
+
+    Raises:
+        InputError: an `output.wav` is missing or damaged.
+    """
+    for sample in samples:
+        audio = sample.outputs(root)[0]
+        if not audio.is_file():
+            raise InputError(
+                f"{audio} is missing: every sample needs the system's output.wav, as long as its input.wav"
+            )
+        audio_info(audio)
 
 
 def read_outputs(samples: Sequence[Sample], root: Path, written: Path | None = None) -> dict[str, list[Word]]:
@@ -52,15 +72,11 @@ def read_outputs(samples: Sequence[Sample], root: Path, written: Path | None = N
         written: where transcripts lie that were recognised here.
 
     Raises:
-        InputError: an `output.wav` or `output.json` is missing or damaged.
+        InputError: an `output.json` is missing or damaged.
     """
     words = {}
     for sample in samples:
-        audio, transcript = sample.outputs(root)
-        if not audio.is_file():
-            raise InputError(
-                f"{audio} is missing: every sample needs the system's output.wav, as long as its input.wav"
-            )
+        transcript = sample.outputs(root)[1]
         if not transcript.is_file() and written is not None:
             transcript = sample.outputs(written)[1]
         if not transcript.is_file():
