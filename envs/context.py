@@ -28,7 +28,7 @@ class ContextSchedule:
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "constant"):
             raise InputError(f"context schedule '{self.schedule}' is not known: choose linear or constant")
-        if not 0 <= self.probability <= 1 or self.max_seconds < 0:
+        if not (0 <= self.probability <= 1 and self.max_seconds >= 0):
             raise InputError(
                 f"context needs 0 <= probability <= 1 and max_seconds >= 0, "
                 f"found {self.probability}, {self.max_seconds}"

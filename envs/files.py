@@ -49,11 +49,9 @@ def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _It
         if not line.strip():
             continue
         try:
-            item: Any = parse(json.loads(line))
+            item: Any = parse(_json(line))
             if item.id in seen:
                 raise InputError(f"id '{item.id}' was already used on line {seen[item.id]}: ids must be unique")
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from error
         seen[item.id] = number
@@ -61,3 +59,18 @@ def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _It
     if not items:
         raise InputError(f"{kind} {path} is empty: give at least one line")
     return items
+
+
+def _json(line: str) -> Any:
+    """What a line of JSON holds.
+
+    Raises:
+        InputError: it is none, or holds what is no text, too deep a nesting or a number of thousands of digits.
+    """
+    try:
+        found = json.loads(line)
+        if "\\ud" in line.lower():  # half of a character, perhaps: Python takes it, and no file does
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({' '.join(str(error).split())})") from error
+    return found

@@ -36,6 +36,9 @@ class RewardSpec:
                 "did you mean rewards.<axis>.weight?"
             )
         options = dict(config or {})
+        for key in options:
+            if not isinstance(key, str) or key == "name":
+                raise InputError(f"a reward axis has no option {key!r}: its name is the key that it stands under")
         return cls(options.pop("weight", 1.0), options.pop("target", None), options)
 
 

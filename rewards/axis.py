@@ -156,7 +156,9 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
             if str(Path.cwd()) not in sys.path:
                 sys.path.append(str(Path.cwd()))
             cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except InputError:
+        raise
+    except (ImportError, AttributeError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"reward axis '{name}': target '{target}' cannot be imported ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, RewardAxis)):
         raise InputError(f"reward axis '{name}': target '{target}' is not a subclass of rewards.RewardAxis")

@@ -74,7 +74,13 @@ class JudgeConfig:
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.base_url if isinstance(self.base_url, str) else "")
+        try:
+            url = urlsplit(self.base_url if isinstance(self.base_url, str) else "")
+            _ = url.port
+        except ValueError as error:  # without the address, which may hold a key
+            raise InputError(
+                f"judge: base_url must be such as http://localhost:8000/v1, this is none ({type(error).__name__})"
+            ) from None
         if url.username or url.password or url.query:  # not shown: it may be a key
             raise InputError("judge: base_url holds a user name, password or query: give a key through key_variable")
         if url.scheme not in ("http", "https") or not url.netloc:

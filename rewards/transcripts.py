@@ -284,7 +284,7 @@ def make_transcriber(side: str, source: str, asr: Mapping[str, Any] | None) -> T
     if source != "asr":
         own = "corpus" if side == "user" else "inner_monologue"
         raise InputError(f"`{side}: {source}` is not known: choose {own} or asr")
-    if not asr or not asr.get("model"):
+    if not isinstance(asr, Mapping) or not asr.get("model"):
         raise InputError(f"`{side}: asr` needs a model: give `asr: {{model: <hub id or folder>}}`")
     known = set(SpeechRecogniser.__dataclass_fields__) - {"side", "_kept"}
     unknown = sorted(set(asr) - known)

@@ -354,7 +354,7 @@ def check_config(config: Config) -> None:
         "ppo.value_learning_rate": config.ppo.value_learning_rate,
     }
     for key, value in positive.items():
-        if not value > 0:
+        if not (value > 0 and math.isfinite(value)):
             raise InputError(f"{key} must be above 0, found {value}")
     if trainer.group_size < 2:
         raise InputError(
@@ -372,6 +372,8 @@ def check_config(config: Config) -> None:
         "trainer.audio_beta": trainer.audio_beta,
         "ppo.value_clip": config.ppo.value_clip,
         "context.lead_in": config.context.lead_in,
+        "context.max_seconds": config.context.max_seconds,
+        **{f"sampling.{key}": value for key, value in vars(config.sampling).items()},
         "optimiser.warmup_updates": optimiser.warmup_updates,
         "evaluation.limit": config.evaluation.limit,
         "evaluation.episodes": config.evaluation.episodes,

@@ -180,8 +180,8 @@ def drawn_reply(
     following = [u.start for u in dialogue.user if u.start > user.start]
     room = min(options.reply, *(start - user.end for start in following)) if following else options.reply
     last = turn + max(streams.frames_in(room), streams.frames_in(options.response))
-    window = _Window(max(0, turn - streams.frames_in(options.context)), 0, streams)
-    window = _Window(window.first, last - window.first, streams)
+    first = max(0, turn - max(1, streams.frames_in(options.context)))  # a policy goes on from a frame at least
+    window = _Window(first, last - first, streams)
     turn -= window.first
     words = window.words(log.agent_words)
     heard = streams.heard(window.cut(log.agent_audio), window.cut(log.user_audio), words, window.frames)

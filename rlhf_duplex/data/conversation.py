@@ -83,7 +83,13 @@ def read_corpus(path: Path) -> list[Entry]:
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
             if not found:
                 raise InputError(f"corpus {path} is empty: give a folder of stereo recordings or a JSON Lines list")
-            return [Entry(p.relative_to(path).with_suffix("").as_posix(), p) for p in found]
+            entries = [Entry(p.relative_to(path).with_suffix("").as_posix(), p) for p in found]
+            paths: dict[str, Path] = {}
+            for entry in entries:
+                other = paths.setdefault(entry.id, entry.path)
+                if other != entry.path:
+                    raise InputError(f"corpus {path} has {other.name} and {entry.path.name} of one name: rename one")
+            return entries
         path = lists[0]
     hint = "give a folder or a JSON Lines list of recordings"
     return read_json_lines(path, "corpus", hint, lambda row: _parse_entry(row, path.parent))

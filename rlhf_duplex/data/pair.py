@@ -261,6 +261,8 @@ def _parse(
             raise InputError(
                 f"`{part}` in {row['shard']} has shape {tuple(tokens.shape)}, ({found.streams}, {frames}) is announced"
             )
+        if tokens.is_floating_point() or tokens.is_complex():
+            raise InputError(f"`{part}` in {row['shard']} must be of whole numbers, found {tokens.dtype}")
         parts[part] = tokens.long()
     pair = Pair(
         id=row["id"],

@@ -141,6 +141,10 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
     mimi = get_mimi(None, info.mimi_config, num_codebooks=codebooks, device=device)
     mimi.load_state_dict({name: value.float() for name, value in mimi_weights.items()})
     lm = _load_lm(info, device, dtype)
+    for path, module in ((info.mimi_weights, mimi), (info.moshi_weights, lm)):
+        broken = next((name for name, value in module.named_parameters() if not bool(value.isfinite().all())), None)
+        if broken is not None:
+            raise InputError(f"{path}: '{broken}' holds numbers that are not finite: take an earlier checkpoint")
     try:
         tokenizer = info.get_text_tokenizer()
     except (OSError, RuntimeError) as error:

@@ -263,6 +263,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         "evaluation.episodes": config.evaluation.episodes,
         "evaluation.seed": config.evaluation.seed,
         "evaluation.lead_in": config.evaluation.lead_in,
+        **{f"sampling.{key}": value for key, value in vars(config.sampling).items()},
         **{f"training.at_most.{kind}": count for kind, count in training.at_most.items()},
         **{f"optimiser.learning_rates.{part}": rate for part, rate in vars(optimiser.learning_rates).items()},
     }

@@ -93,7 +93,7 @@ class RunCallback(TrainerCallback):
     """Metrics to the run folder, progress to the terminal, and the ends that are not the last step."""
 
     def __init__(
-        self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int
+        self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int | None
     ) -> None:
         self.log, self.console, self.stopped, self.advance, self.every = log, console, stopped, advance, every
         self.line: dict[str, float] = {}
@@ -111,7 +111,8 @@ class RunCallback(TrainerCallback):
         if self.stopped:
             control.should_save = control.should_training_stop = True
         last = state.global_step >= state.max_steps or bool(self.stopped)
-        control.should_evaluate = last or (self.every > 0 and state.global_step % self.every == 0)
+        if self.every is not None:
+            control.should_evaluate = last or (self.every > 0 and state.global_step % self.every == 0)
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
@@ -215,12 +216,15 @@ def references_of(
 
 
 @contextmanager
-def _training(config: WarmstartConfig, run_dir: Path, console: Console, done: int, steps: int) -> Iterator[Any]:
+def _training(
+    config: WarmstartConfig, run_dir: Path, console: Console, done: int, steps: int, held_out: bool
+) -> Iterator[Any]:
     main = PartialState().is_main_process
     log = MetricsLog(run_dir, config.trackers, _flat(config), done) if main else None
     try:
         with stop_requests() as stopped, progress(console, "warm start", steps - done) as advance:
-            yield RunCallback(log, console, stopped, advance, config.evaluation.every), stopped
+            every = config.evaluation.every if held_out else None
+            yield RunCallback(log, console, stopped, advance, every), stopped
     finally:
         if log is not None:
             log.close()
@@ -325,7 +329,7 @@ def _train(
     trainer._total_train_tokens = next(
         (int(r["num_tokens"]) for r in lines if r["update"] == done and "num_tokens" in r), 0
     )
-    with _training(config, run_dir, console, done, steps) as (callback, stopped):
+    with _training(config, run_dir, console, done, steps, bool(held_out)) as (callback, stopped):
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         return bool(stopped) and trainer.state.global_step < steps, trainer.state.global_step

@@ -172,6 +172,7 @@ def test_the_users_words_within_what_was_played(talk):
         ({"user": "asr"}, "`user: asr` needs a model"),
         ({"agent": "corpus"}, "`agent: corpus` is not known: choose inner_monologue or asr"),
         ({"user": "asr", "asr": {"model": "m", "beam": 1}}, "asr: unknown option `beam`"),
+        ({"user": "asr", "asr": "whisper"}, "`user: asr` needs a model"),
         ({"axes": ["humour"]}, "`axes` must be a list of pause_handling"),
     ],
 )

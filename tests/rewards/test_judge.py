@@ -345,6 +345,9 @@ def test_what_is_wrong_is_said_before_anything_is_judged(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"base_url": "localhost:8000"}, "base_url must be such as"),
+        ({"base_url": "http://localhost:99999/v1"}, "base_url must be such as"),
+        ({"base_url": "http://localhost:80a/v1"}, "base_url must be such as"),
+        ({"base_url": "http://[::1/v1"}, "base_url must be such as"),
         ({"base_url": "http://me:sk-1@host/v1"}, "base_url holds a user name"),
         ({"base_url": "http://host/v1?key=sk-1"}, "base_url holds a user name, password or query"),
         ({"model": ""}, "model must be"),

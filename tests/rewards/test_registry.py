@@ -54,6 +54,8 @@ def test_unknown_names_options_and_targets():
     for target, message in [
         ("no_such_module:Axis", "target 'no_such_module:Axis' cannot be imported"),
         ("rewards.backchannel:Nothing", "cannot be imported"),
+        (":Axis", "cannot be imported"),
+        (".axis:Axis", "cannot be imported"),
         ("rewards.backchannel", "neither module:Class nor a .py file"),
         ("rewards.axis:Score", "is not a subclass of rewards.RewardAxis"),
         ("nowhere/axes.py", "file nowhere/axes.py does not exist"),

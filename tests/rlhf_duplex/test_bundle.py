@@ -97,6 +97,17 @@ def test_keys_and_shapes_of_the_weights(copy, which):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("which", ["moshi_name", "mimi_name"])
+def test_weights_that_are_no_numbers(copy, which):
+    path = copy / names(copy)[which]
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    key = next(name for name, value in weights.items() if value.ndim == 2 and not name.startswith("quantizer"))
+    weights[key][0, 0] = torch.nan
+    save_file(weights, path)
+    with pytest.raises(InputError, match=rf"{path.name}: '{key}' holds numbers that are not finite"):
+        load_bundle(str(copy))
+
+
 def test_truncated_weights(copy):
     path = copy / names(copy)["moshi_name"]
     path.write_bytes(path.read_bytes()[:1000])

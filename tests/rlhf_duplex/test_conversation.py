@@ -71,6 +71,13 @@ def test_a_wrong_list_is_named(tmp_path, text, message):
         read_corpus(tmp_path / "data.jsonl")
 
 
+def test_two_recordings_of_one_name(tmp_path):
+    for name in ("x.wav", "x.flac"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"has x.flac and x.wav of one name: rename one"):
+        read_corpus(tmp_path)
+
+
 def test_a_corpus_that_is_none(tmp_path):
     with pytest.raises(InputError, match="is empty: give a folder of stereo recordings"):
         read_corpus(tmp_path)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
 from rlhf_duplex.data.pair import Pair, StreamFormat, read_pairs, shard_folder, stream_format, write_pairs
@@ -110,6 +111,10 @@ def test_files_that_are_none(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match=r"pairs.jsonl:1: not valid JSON"):
         read_pairs(path)
+    for line in ('{"id": "\\ud800"}', "[" * 100_000, "1" * 5_000):
+        path.write_text(line)
+        with pytest.raises(InputError, match=r"pairs.jsonl:1: not valid JSON"):
+            read_pairs(path)
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match="not UTF-8"):
         read_pairs(path)
@@ -126,3 +131,12 @@ def test_the_format_of_nano(nano):
     assert streams.max_delay == max(nano.lm.delays)
     assert streams == stream_format(nano)
     assert len({streams.tokenizer, streams.codec}) == 2
+
+
+def test_tokens_that_are_no_whole_numbers(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, [make("a")], STREAMS)
+    shard = next(shard_folder(path).iterdir())
+    save_file({name: value.float() + 0.7 for name, value in load_file(shard).items()}, shard)
+    with pytest.raises(InputError, match=r"pairs.jsonl:1: `context` in .* must be of whole numbers"):
+        read_pairs(path)

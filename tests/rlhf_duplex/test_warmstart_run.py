@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ class TestRun:
         assert not (folder / "run" / "reference.safetensors").exists()
         assert len(read_metrics(folder / "run" / "metrics.jsonl")) == 3
 
+    def test_without_held_out_pairs(self, tmp_path, nano):
+        pairs = [replace(pair, split="train") for pair in make_pairs(nano.lm)]
+        write_pairs(tmp_path / "pairs.jsonl", pairs, stream_format(nano))
+        run(tmp_path, loss__name="simpo", loss__beta=2.0, checkpointing__every=99)
+        lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert not any(key.startswith("eval_") for line in lines for key in line)
+        assert (tmp_path / "run" / "checkpoints" / f"step_{len(lines):06d}").is_dir()
+        assert (tmp_path / "run" / "report.html").is_file()
+
     def test_a_loss_that_is_not_finite_stops_the_run_unsaved(self, folder):
         keys = {"optimiser__learning_rates__temporal": 1e30, "optimiser__clip_norm": 1e30}
         with pytest.raises(NonFiniteError, match="nothing of this step is saved"):
@@ -191,6 +201,7 @@ class TestMistakes:
             ({"device": "cuda:1"}, "takes the first GPU; set CUDA_VISIBLE_DEVICES"),
             ({"loss__name": "dpo"}, "loss.name 'dpo' is not known: choose sigmoid_norm"),
             ({"loss__beta": 0}, "loss.beta must be above 0"),
+            ({"sampling__text_temperature": math.nan}, "sampling.text_temperature must be a number of at least 0"),
             ({"loss__streams": "all"}, "loss.streams 'all'"),
             ({"training__batch_size": 3, "training__microbatch": 2}, "no multiple of training.microbatch 2"),
             ({"reference__mode": "lora_off"}, "needs adapters"),
