@@ -249,6 +249,18 @@ def test_an_unanswered_turn_gets_the_policys_own_reply(opened, streams):
         assert streams.codec.decode_text(pair.chosen[0].tolist()) == facts["reply_text"]
 
 
+def test_a_reply_without_any_context(logs, opened, tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for suffix in (".wav", ".json"):
+        shutil.copy(logs / f"{of_kind(opened, 'unresponsive')[0][0].provenance['dialogue']}{suffix}", folder)
+    code = pairs_command(folder, tmp_path / "pairs.jsonl", *TIMING, "--context", "0", "--page-pairs", "0")
+    said = capsys.readouterr()
+    assert "problems: unresponsive" in said.out
+    # Out of the blue a reply is rarely good; what is drawn was scored either way.
+    assert code == 0 or "no drawn reply is good enough" in said.out
+
+
 def test_a_rewrite_is_spoken_in_the_replys_place(opened, streams, judge):
     late, heard, said = [], 0, 0
     for pair, chosen, rejected in of_kind(opened, "content"):
