@@ -19,6 +19,7 @@ to `weight`. `rewards/README.md` goes from here to a trained ablation.
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -206,6 +207,13 @@ def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxi
         InputError: as `find_axis`, or an option that the axis does not take.
     """
     cls: Callable[..., RewardAxis] = find_axis(name, target)
+    known = inspect.signature(cls).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = sorted(set(options) - set(known))
+    if unknown and not open_ended:  # without its value, which may be a key
+        raise InputError(
+            f"reward axis '{name}': unknown option `{unknown[0]}`: the options are {', '.join(known) or 'none'}"
+        )
     try:
         return cls(**options)
     except TypeError as error:

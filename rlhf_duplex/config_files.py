@@ -49,6 +49,8 @@ def load_structured(
     if path is not None:
         if not path.is_file():
             raise InputError(f"configuration {path} does not exist: give the path of a YAML file")
+        if not path.read_bytes().strip():
+            raise InputError(f"configuration {path} is empty: leave it out to take the defaults")
         try:
             layers.append((str(path), OmegaConf.load(path)))
         except Exception as error:

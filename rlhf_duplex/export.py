@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,11 @@ def _free(folder: Path) -> Path:
         raise InputError(f"--to {folder} is not empty: choose a folder that does not exist yet")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--to {folder} is a file: choose a folder that does not exist yet")
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise InputError(f"--to {folder} cannot be written ({error.strerror}): choose another") from error
     return folder
 
 

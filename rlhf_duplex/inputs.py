@@ -15,7 +15,7 @@ from envs.speech import SpeechDetector, make_detector
 from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.metrics import read_results
-from rlhf_duplex.policy.bundle import check_bundle, find_bundle, local_info
+from rlhf_duplex.policy.bundle import bundle_info, check_bundle, find_bundle
 from rlhf_duplex.policy.prompt import check_prompt
 from rlhf_duplex.tracking import check_trackers
 
@@ -75,9 +75,7 @@ def check_machine(config: Any) -> None:
         first = str(error).splitlines()[0]
         raise InputError(f"device '{config.device}' cannot be used ({first}): choose another") from error
     check_trackers(config.trackers)
-    folder = find_bundle(config.checkpoint)
-    if folder is not None:
-        check_bundle(local_info(folder))
+    check_bundle(bundle_info(config.checkpoint))
 
 
 def first_of_each(segments: list[Segment], limit: int) -> list[Segment]:

@@ -99,6 +99,8 @@ def run_pairs(arguments: argparse.Namespace) -> Path:
     if arguments.out.suffix != ".jsonl":
         raise InputError(f"--out must end in .jsonl, found {arguments.out}")
     run = _from_conversations if arguments.source == "conversations" else _from_rollouts
+    if arguments.source == "rollouts" and (arguments.judge_url or arguments.judge_model):
+        raise InputError("--judge-url and --judge-model are of --from conversations: rollouts are compared by rewards")
     return run(arguments, options)
 
 

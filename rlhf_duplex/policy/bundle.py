@@ -116,10 +116,23 @@ def find_bundle(checkpoint: str) -> Path | None:
         steps = [] if (path / "config.json").is_file() else sorted((path / "checkpoints").glob("step_*"))
         return steps[-1] if steps else path
     if checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~")):
+        beside = sorted(config.parent.name for config in path.parent.glob("*/config.*"))
+        if beside:
+            raise InputError(f"checkpoint '{checkpoint}' is not there: {path.parent} holds {', '.join(beside[:8])}")
         return None
     raise InputError(
         f"checkpoint '{checkpoint}' is no folder: give 'nano', a bundle's folder or a hub id like owner/name"
     )
+
+
+def bundle_info(checkpoint: str) -> CheckpointInfo:
+    """The files of a checkpoint as `find_bundle` takes it; those of a hub repository are fetched, once.
+
+    Raises:
+        InputError: there is no such checkpoint, or a file of it is missing.
+    """
+    folder = find_bundle(checkpoint)
+    return local_info(folder) if folder is not None else _completed(_hub_info(checkpoint), checkpoint)
 
 
 def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
@@ -134,7 +147,7 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
         InputError: a missing file, an unknown or missing key, a wrong shape; the message names file and key.
     """
     folder = find_bundle(checkpoint)
-    info = local_info(folder) if folder is not None else _completed(_hub_info(checkpoint), checkpoint)
+    info = bundle_info(checkpoint)
     check_bundle(info)
     mimi_weights = load_file(info.mimi_weights, device="cpu")
     codebooks = _mimi_codebooks(info)
@@ -223,7 +236,9 @@ def _hub_info(repository: str) -> CheckpointInfo:
         return CheckpointInfo.from_hf_repo(repository)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint '{repository}' cannot be had from the model hub ({first})") from error
+        raise InputError(
+            f"checkpoint '{repository}' is no folder here, and cannot be had from the model hub ({first})"
+        ) from error
 
 
 def _mimi_codebooks(info: CheckpointInfo) -> int:

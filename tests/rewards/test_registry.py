@@ -49,7 +49,7 @@ def test_a_name_belongs_to_one_class():
 def test_unknown_names_options_and_targets():
     with pytest.raises(InputError, match=r"unknown reward axis 'humour': the known ones are backchannel, "):
         find_axis("humour")
-    with pytest.raises(InputError, match=r"reward axis 'backchannel': .*tolerence"):
+    with pytest.raises(InputError, match=r"'backchannel': unknown option `tolerence`: the options are .*tolerance"):
         make_axis("backchannel", tolerence=0.5)
     for target, message in [
         ("no_such_module:Axis", "target 'no_such_module:Axis' cannot be imported"),

@@ -135,6 +135,7 @@ def test_bad_audio(tmp_path, capsys):
         ("rewards.turn_taking.name=x", "a reward axis has no option 'name'"),
         ("trainer.algorithm=sarsa", "'sarsa' is not known"),
         ("checkpoint=no-such-model", "checkpoint 'no-such-model' is no folder"),
+        ("checkpoint=rlhf_duplex/nanno", "checkpoint 'rlhf_duplex/nanno' is not there: rlhf_duplex holds nano"),
         ("rewards.charm.weight=1", "unknown reward axis 'charm'"),
         ("rewards.turn_taking.weight=heavy", "`weight` must be a finite number"),
         ("detector.name=ear", "unknown speech detector 'ear'"),
@@ -155,6 +156,8 @@ def test_configuration_files_that_are_wrong(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text("trainer: {updates: 1, luck: 7}\n")
     assert "unknown configuration key 'trainer.luck'" in failing(capsys, str(path))
+    path.write_text("\n")
+    assert "config.yaml is empty: leave it out" in failing(capsys, str(path))
     path.write_text("trainer: [unclosed\n")
     assert "not valid YAML" in failing(capsys, str(path))
 

@@ -140,6 +140,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(adapted_run, tmp_path,
         (["export", "owner/name", "--to", str(tmp_path / "out")], "no folder here"),
         (["export", "nano", "--lora", "--to", str(tmp_path / "out")], "trained no adapters"),
         (["export", "nano", "--to", str(tmp_path / "full" / "mine.txt")], "is a file"),
+        (["export", "nano", "--to", "/proc/nowhere/x"], "cannot be written"),
     ]
     for arguments, message in wrong:
         assert main(arguments) == 2

@@ -407,6 +407,7 @@ def test_nothing_to_make_pairs_of(corpus, tmp_path, capsys):
     [
         (("--candidates", "0"), "--candidates must be at least 1, found 0"),
         (("--gap", "-1"), "--gap must be a number of at least 0, found -1"),
+        (("--from", "rollouts", "--judge-url", "http://x/v1"), "are of --from conversations"),
         (("--accept", "4"), r"--accept must be above 0 and at most --response (3.0), found 4.0"),
         (("--heldout", "1"), "--heldout must be a share of at least 0 and below 1"),
         (("--content-at-most", "6"), "--content-at-most must be a mark from 1 to 5"),
