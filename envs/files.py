@@ -65,12 +65,9 @@ def _json(line: str) -> Any:
     """What a line of JSON holds.
 
     Raises:
-        InputError: it is none, or holds what is no text, too deep a nesting or a number of thousands of digits.
+        InputError: it is none, or nests too deep, or has a number of thousands of digits.
     """
     try:
-        found = json.loads(line)
-        if "\\ud" in line.lower():  # half of a character, perhaps: Python takes it, and no file does
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({' '.join(str(error).split())})") from error
-    return found

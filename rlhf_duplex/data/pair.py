@@ -302,5 +302,5 @@ def _tensor(path: Path, name: str, shards: dict[Path, Callable[[str], torch.Tens
         if path not in shards:
             shards[path] = safe_open(str(path), framework="pt").get_tensor
         return shards[path](name)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"tokens '{name}' cannot be read from {path} ({' '.join(str(error).split())})") from error
+    except (OSError, SafetensorError, UnicodeError) as error:  # the last: an id with half of a character
+        raise InputError(f"tokens {name!a} cannot be read from {path} ({' '.join(str(error).split())})") from error

@@ -84,6 +84,7 @@ def test_an_audio_code_may_be_missing_a_text_token_may_not(tmp_path):
         (lambda row: row.update(chosen_span=[0, 60]), "lies outside its 6 frames"),
         (lambda row: row.update(shard="pairs.shards/none.safetensors"), "cannot be read from"),
         (lambda row: row.update(id="c"), "tokens 'c/context' cannot be read"),
+        (lambda row: row.update(id="\ud800"), r"tokens '.ud800/context' cannot be read"),
         (lambda row: row.update(id="a"), "id 'a' was already used on line 1"),
         (lambda row: row["streams"].update(max_delay="1"), "`streams.max_delay` must be of type int"),
         (lambda row: row["streams"].update(codec="other"), "its codec is other, the checkpoint's is mimi"),
@@ -111,7 +112,7 @@ def test_files_that_are_none(tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match=r"pairs.jsonl:1: not valid JSON"):
         read_pairs(path)
-    for line in ('{"id": "\\ud800"}', "[" * 100_000, "1" * 5_000):
+    for line in ("[" * 100_000, "1" * 5_000):
         path.write_text(line)
         with pytest.raises(InputError, match=r"pairs.jsonl:1: not valid JSON"):
             read_pairs(path)
