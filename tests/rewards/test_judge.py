@@ -1,5 +1,6 @@
 """The judge's client against a real HTTP server that speaks the protocol, and has every fault a server can have."""
 
+import asyncio
 import concurrent.futures
 import math
 import pickle
@@ -22,11 +23,13 @@ from judging import (
     question,
     verdict_json,
 )
+from openai import AsyncOpenAI
 
 from envs import InputError
-from experiments.judge.server import JudgeServer
+from experiments.judge.server import MODEL, JudgeServer
 from rewards.endpoint import retry_after
 from rewards.judge import Field, Judge, JudgeConfig, Question, Rubric, Turn
+from rewards.rubric import prompt
 
 REPLY = "That sounds like a good plan to me."
 
@@ -198,13 +201,34 @@ def seconds_without_a_core():
     return int(path.read_text().split()[1]) / 1e9 if path.is_file() else 0.0
 
 
+def seconds_of_the_bare_client(url, questions, concurrency):
+    """How long OpenAI's client takes for the same calls with nothing of ours around it, on this machine, now."""
+
+    async def ask_all():
+        places = asyncio.Semaphore(concurrency)
+
+        async def ask(question):
+            async with places:
+                await client.post("/chat/completions", cast_to=str, body={"model": MODEL, "messages": prompt(question)})
+
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            await asyncio.gather(*map(ask, questions))
+
+    started = time.monotonic()
+    asyncio.run(ask_all())
+    return time.monotonic() - started
+
+
 def test_a_thousand_judgements_at_64_in_flight(tmp_path):
-    """Under twice the ideal: 16 rounds of 200 ms. The server is a process of its own, as a real one."""
+    """Under twice the ideal: 16 rounds of 200 ms. The server is a process of its own, as a real one.
+
+    Where other work has the cores, the bare client does not keep that either, and is what the judge is held against.
+    """
     ideal = math.ceil(1000 / 64) * 0.2
     questions = different_questions(1000)
     command = [sys.executable, "-m", "experiments.judge", "--port", "0", "--latency", "0.2"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    times = []
+    times, bare = [], []
     try:
         url = re.search(r"http://\S+", server.stdout.readline()).group()
         while not times or (min(times) >= 2 * ideal and len(times) < 3):
@@ -214,12 +238,14 @@ def test_a_thousand_judgements_at_64_in_flight(tmp_path):
             started, withheld = time.monotonic(), seconds_without_a_core()
             verdicts = judge.ask(questions)
             times.append(time.monotonic() - started - (seconds_without_a_core() - withheld))
+            if times[-1] >= 2 * ideal:
+                bare.append(seconds_of_the_bare_client(url, questions, 64))
     finally:
         server.kill()
         server.wait()
     assert all(verdict.scores == {"score": 2} for verdict in verdicts)
     assert judge.meter.calls == 1000
-    assert min(times) < 2 * ideal, times
+    assert min(times) < max(2 * ideal, 1.5 * max(bare, default=0.0)), (times, bare)
     # The server is gone: everything comes from the cache.
     second = make_judge(url, place, concurrency=64)
     assert [v.scores for v in second.ask(questions)] == [v.scores for v in verdicts]
