@@ -107,7 +107,8 @@ def find_bundle(checkpoint: str) -> Path | None:
     A run folder stands for its last checkpoint: `checkpoint=runs/warm` trains on from what a warm start made.
 
     Raises:
-        InputError: neither a folder nor the form of a hub id.
+        InputError: neither a folder nor the form of a hub id; or its first part is a folder here that holds other runs
+            or bundles (`runs/typo` is no repository).
     """
     if checkpoint == NANO:
         return NANO_FOLDER
