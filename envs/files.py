@@ -38,7 +38,8 @@ def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _It
         InputError: no such file, no text, no line, or a line that is no JSON, no item, or has the id of an earlier one.
     """
     if not path.is_file():
-        raise InputError(f"{kind} {path} does not exist: {hint}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{kind} {path} {what}: {hint}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits inside words
     except UnicodeDecodeError as error:

@@ -36,6 +36,8 @@ class TrainerConfig:
         kl_beta: weight of KL[policy || reference] [0.01].
         sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
             token: keeps how sentences go on, and leaves free when they begin.
+        opening_kl_beta: weight of the KL of which word is said where the agent may begin, given that it says one:
+            keeps answers from coming to begin with the same words, and leaves free when they do.
         audio_beta: weight of the squared distance, relative to its size, between what the depth transformer is given
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
@@ -63,6 +65,7 @@ class TrainerConfig:
     clip_high: float | None = None
     kl_beta: float = 0.01
     sentence_kl_beta: float = 0.0
+    opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
     advantages: str = "per_axis"
     whiten: bool = False
@@ -369,6 +372,7 @@ def check_config(config: Config) -> None:
         "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
         "trainer.kl_beta": trainer.kl_beta,
         "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
+        "trainer.opening_kl_beta": trainer.opening_kl_beta,
         "trainer.audio_beta": trainer.audio_beta,
         "ppo.value_clip": config.ppo.value_clip,
         "context.lead_in": config.context.lead_in,

@@ -72,11 +72,17 @@ def load_structured(
                         config[key] = {}
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise InputError(f"{source}: {_explain(error)}") from error
+            raise InputError(f"{source}: {_explain(error)}{_own_command(path, source)}") from error
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise InputError(f"the configuration cannot be resolved: {_explain(error)}") from error
+
+
+def _own_command(path: Path | None, source: str) -> str:
+    """What a file says of itself: a configuration that opens with its command may have been given to another."""
+    first = path.read_text(errors="replace").split("\n")[0] if path and source == str(path) else ""
+    return f" (the file opens with '{first.strip('# ')}')" if first.startswith("# rlhf-duplex ") else ""
 
 
 def _explain(error: Exception) -> str:

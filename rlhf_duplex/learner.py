@@ -322,17 +322,27 @@ class Learner:
 
     def _loss(self, batch: Batch, length: float | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trainer = self.trainer
-        anchored = trainer.audio_beta > 0
+        anchored, openings = trainer.audio_beta > 0, trainer.opening_kl_beta > 0
         scores = score_text(
-            self.policy, batch.codes, batch.mask, self.reference, self.objective, anchored, self._critic
+            self.policy,
+            batch.codes,
+            batch.mask,
+            self.reference,
+            self.objective,
+            anchored,
+            self._critic,
+            word_kl=openings,
         )
         # Weighted by frame; `grpo_loss` takes the mean over all of them.
-        weight = trainer.kl_beta + trainer.sentence_kl_beta * (~self.objective.onsets(batch.codes[:, 0])).float()
+        onsets = self.objective.onsets(batch.codes[:, 0])
+        kl = (trainer.kl_beta + trainer.sentence_kl_beta * (~onsets).float()) * scores.kl
+        if openings:
+            kl = kl + trainer.opening_kl_beta * onsets.float() * scores.word_kl
         loss, diagnostics = grpo_loss(
             scores.done,
             batch.log_probs,
             batch.advantages,
-            weight * scores.kl,
+            kl,
             batch.mask,
             trainer.clip,
             1.0,
@@ -341,6 +351,8 @@ class Learner:
             length=length,
             weights=batch.weights,
         )
+        if openings:
+            diagnostics["opening_kl"] = masked_mean(scores.word_kl, batch.mask & onsets).mean().detach()
         if anchored:
             drift = masked_mean(scores.drift, batch.mask).mean()
             loss = loss + trainer.audio_beta * drift

@@ -27,6 +27,7 @@ from rlhf_duplex.ablate.ray_tune import AshaConfig, RayConfig
 from rlhf_duplex.ablate.search import SearchConfig, check_search, kept_points, random_points
 from rlhf_duplex.config import Config, load_config
 from rlhf_duplex.config_files import load_structured
+from rlhf_duplex.evaluation.metrics import check_metric
 
 
 @dataclass
@@ -219,6 +220,10 @@ def _check(path: Path, config: AblationConfig) -> None:
     for metric in config.metrics:
         if not re.fullmatch(r"[^.]+\.[^.]+", metric):
             raise InputError(f"{path}: a metric is written axis.metric, such as turn_taking.latency, found {metric!r}")
+        try:
+            check_metric(*metric.split("."))
+        except InputError as error:
+            raise InputError(f"{path}: `metrics`: {error}") from None
 
 
 def _check_trial(config: Config) -> None:

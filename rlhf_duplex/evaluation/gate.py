@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import InputError
-from rlhf_duplex.evaluation.metrics import DIRECTION, direction
+from rlhf_duplex.evaluation.metrics import DIRECTION, check_metric, direction
 from rlhf_duplex.evaluation.statistics import permutation_test
 
 EXIT_CODE = 3
@@ -73,9 +73,14 @@ def check_gate(conditions: Sequence[Condition], baseline: Mapping[str, Any] | No
     """Whether the conditions can be asked at all, before anything is played.
 
     Raises:
-        InputError: `worse` needs a baseline, and a metric of which one direction is the better one.
+        InputError: a metric that is none; `worse` needs a baseline, and a metric of which one direction is the better
+            one.
     """
     for condition in conditions:
+        try:
+            check_metric(condition.axis, condition.metric)
+        except InputError as error:
+            raise InputError(f"--fail-if {condition.text!r}: {error}") from None
         if condition.operator != "worse":
             continue
         if baseline is None:

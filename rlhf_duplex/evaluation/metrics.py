@@ -51,6 +51,9 @@ DIRECTION: dict[tuple[str, str], int] = {
     ("user_interruption", "stop_latency"): -1,
     ("user_interruption", "response_latency"): -1,
     ("user_interruption", "respond"): 1,
+    ("user_interruption", "resume"): 0,
+    ("user_interruption", "uncertain"): 0,
+    ("user_interruption", "unknown"): 0,
     ("user_backchannel", "resume"): 1,
     ("talking_to_other", "resume"): 1,
     ("background_speech", "resume"): 1,
@@ -81,6 +84,17 @@ SegmentValues = dict[str, dict[str, dict[str, float]]]
 def direction(axis: str, metric: str) -> int:
     """Whether higher (+1) or lower (-1) is better, or neither (0)."""
     return 1 if metric == "reward" else DIRECTION.get((axis, metric), 0)
+
+
+def check_metric(axis: str, metric: str) -> None:
+    """Whether there can be such a metric, before anything is measured: the names of the built-in axes are known.
+
+    Raises:
+        InputError: a built-in axis of segments, or `words`, has none of this name.
+    """
+    known = sorted({name for of, name in DIRECTION if of == axis} | ({"reward"} if axis in SEGMENT_AXES else set()))
+    if axis in (*SEGMENT_AXES, "words") and metric not in known:
+        raise InputError(f"there is no metric {axis}.{metric}: there are {', '.join(known)}")
 
 
 def episode_metrics(episode: Episode) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_duplex.algorithms.losses import entropy, exact_kl
-from rlhf_duplex.algorithms.objectives import Objective
+from rlhf_duplex.algorithms.objectives import Objective, speaking_log_probs
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import log_distribution
 
@@ -30,6 +30,8 @@ class TextScores:
         tokens: log-probability of the token that was drawn.
         done: of what was done at the frame, as the objective sees it.
         kl: KL[policy || reference]; 0 without a reference.
+        word_kl: the part of it that is about which word is said where one is, and not about whether; 0 unless asked
+            for.
         entropy: in nats, without gradient.
         drift: squared distance between what the depth transformer is given and what the reference gives it, as a share
             of the latter's square; 0 unless asked for.
@@ -39,6 +41,7 @@ class TextScores:
     tokens: torch.Tensor
     done: torch.Tensor
     kl: torch.Tensor
+    word_kl: torch.Tensor
     entropy: torch.Tensor
     drift: torch.Tensor
     values: torch.Tensor
@@ -53,6 +56,7 @@ def score_text(
     drift: bool = False,
     critic: Callable[[torch.Tensor], torch.Tensor] | None = None,
     at_once: int = LOGITS_AT_ONCE,
+    word_kl: bool = False,
 ) -> TextScores:
     """Score whole episodes, teacher-forced, under the transform that the policy samples with.
 
@@ -62,19 +66,19 @@ def score_text(
         mask: `(B, T)` bool, the frames that are wanted.
         reference: without gradient.
         objective: of `done`; None: the token.
-        drift: compute it (needs a reference).
+        drift, word_kl: compute them (need a reference).
         critic: gives values `(n,)` of hidden states `(n, D)`.
         at_once: logits held at a time, at most.
     """
 
     def found() -> torch.Tensor:
-        return _score_frames(policy, codes, mask, reference, objective, drift, critic, at_once)
+        return _score_frames(policy, codes, mask, reference, objective, drift, critic, at_once, word_kl)
 
     # Where weights are cut over processes, all of both models' are needed at the same time.
     rows = policy.whole(found if reference is None else lambda: reference.whole(found))
     if mask.is_meta:
         return TextScores(*rows.unflatten(1, mask.shape))
-    return TextScores(*torch.zeros(6, *mask.shape, device=codes.device).masked_scatter(mask, rows))
+    return TextScores(*torch.zeros(7, *mask.shape, device=codes.device).masked_scatter(mask, rows))
 
 
 def _wanted(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -91,8 +95,9 @@ def _score_frames(
     drift: bool,
     critic: Callable[[torch.Tensor], torch.Tensor] | None,
     at_once: int,
+    word_kl: bool,
 ) -> torch.Tensor:
-    """`(6, n)` float32 in the order of `TextScores`."""
+    """`(7, n)` float32 in the order of `TextScores`."""
     text = _wanted(codes[:, 0].clamp(min=0), mask)
     goal = objective or Objective()
     onsets = _wanted(goal.onsets(codes[:, 0]), mask)
@@ -105,13 +110,13 @@ def _score_frames(
     def part(
         hidden: torch.Tensor, text: torch.Tensor, onsets: torch.Tensor, others: torch.Tensor | None
     ) -> torch.Tensor:
-        """`(4, n)` in the order of `TextScores`."""
+        """`(5, n)` in the order of `TextScores`."""
         sampling = policy.sampling
         logits = policy.lm.text_linear(hidden)
         policys = log_distribution(logits, sampling.text_temperature, sampling.text_top_k, keep=text)
         tokens = policys.gather(-1, text[:, None])[:, 0]
         done = tokens if goal.name == "tokens" else goal.log_probs(policys, text, onsets)
-        kl = torch.zeros_like(tokens)
+        kl, words = torch.zeros_like(tokens), torch.zeros_like(tokens)
         if reference is not None and others is not None:
             with torch.no_grad():
                 known = reference.sampling
@@ -119,9 +124,11 @@ def _score_frames(
                     reference.lm.text_linear(others), known.text_temperature, known.text_top_k, keep=text
                 )
             kl = exact_kl(policys, theirs)
+            if word_kl:
+                words = kl - exact_kl(*(speaking_log_probs(found, goal.silent) for found in (policys, theirs)))
         with torch.no_grad():
             uncertain = entropy(policys)
-        return torch.stack([tokens, done, kl, uncertain])
+        return torch.stack([tokens, done, kl, words, uncertain])
 
     size = max(1, at_once // policy.lm.text_linear.out_features)
     starts = range(0, len(text), size)
@@ -133,7 +140,7 @@ def _score_frames(
             found.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             found.append(part(*arguments))
-    scores = torch.cat(found, dim=1) if found else hidden.new_zeros(4, 0)
+    scores = torch.cat(found, dim=1) if found else hidden.new_zeros(5, 0)
     moved = values = scores.new_zeros(1, scores.shape[1])
     if drift and reference is not None and others is not None:
         moved = _drift(policy.depth_inputs(hidden), reference.depth_inputs(others).detach())[None]

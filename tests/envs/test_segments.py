@@ -91,6 +91,8 @@ def test_lines_that_are_no_segment(write_dialogue, write_rows, row):
 def test_no_manifest_an_empty_one_and_one_that_is_no_text(tmp_path, write_rows):
     with pytest.raises(InputError, match=r"does not exist: give the path of a segments\.jsonl"):
         read_manifest(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputError, match=r"is a folder: give the path of a segments\.jsonl"):
+        read_manifest(tmp_path)
     with pytest.raises(InputError, match="is empty: give at least one line"):
         read_manifest(write_rows("", "  "))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")

@@ -188,6 +188,7 @@ def test_every_preset_loads_and_opens_with_its_command(path, monkeypatch, tmp_pa
         ("preset: leave_one_axis_out\nbaseline: none\n", "baseline 'none' is none of full"),
         ("retries: -1\ngrid: {trainer.clip: [1]}\n", "`retries` must be at least 0"),
         ("metrics: [latency]\ngrid: {trainer.clip: [1]}\n", "a metric is written axis.metric"),
+        ("metrics: [words.latency]\ngrid: {trainer.clip: [1]}\n", "no metric words.latency: there are known,"),
         ("luck: 7\n", "unknown configuration key 'luck'"),
         ("asha: {metric: reward/total}\ngrid: {trainer.clip: [1]}\n", "asha needs workers"),
         ("search: {space: {trainer.clip: {normal: [0, 1]}}}\n", "needs {uniform or log_uniform: [low, high]}"),

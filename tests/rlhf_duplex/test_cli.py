@@ -156,6 +156,8 @@ def test_configuration_files_that_are_wrong(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text("trainer: {updates: 1, luck: 7}\n")
     assert "unknown configuration key 'trainer.luck'" in failing(capsys, str(path))
+    path.write_text("# rlhf-duplex warmstart this.yaml\npairs: p.jsonl\n")
+    assert "(the file opens with 'rlhf-duplex warmstart this.yaml')" in failing(capsys, str(path))
     path.write_text("\n")
     assert "config.yaml is empty: leave it out" in failing(capsys, str(path))
     path.write_text("trainer: [unclosed\n")

@@ -84,6 +84,12 @@ def test_conditions_that_cannot_be_asked(text, message):
         fails(text, result(latency=[0.1]))
 
 
+def test_a_mistyped_metric_is_said_before_anything_is_played(capsys):
+    assert main(["evaluate", "checkpoint=nano", "--fail-if", "turn_taking.latncy > 0.2"]) == 2
+    error = capsys.readouterr().err
+    assert "no metric turn_taking.latncy: there are barge_in_rate, latency, reward, takeover_rate" in error
+
+
 def test_neither_direction_is_worse():
     with pytest.raises(InputError, match="neither direction is worse"):
         fails("backchannel.frequency worse", result(latency=[0.1]), result(latency=[0.1]))

@@ -78,7 +78,7 @@ def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
     "options",
     [
         {"objective": "speaking", "sentence_kl_beta": 0.1, "passes": 2},
-        {"objective": "onsets", "audio_beta": 0.1},
+        {"objective": "onsets", "audio_beta": 0.1, "opening_kl_beta": 0.1},
         {"algorithm": "gspo", "clip": 4e-4},
         {"algorithm": "dr_grpo", "clip_high": 0.28},
         {"algorithm": "rloo"},
@@ -98,6 +98,8 @@ def test_every_objective_raises_speech_that_had_a_high_advantage(setting, option
     before = _speech(policy, batch)
     first = learner.update(batch, 0)
     assert first["ratio_first"] == pytest.approx(1.0, abs=1e-4)
+    if options.get("opening_kl_beta"):
+        assert first["opening_kl"] == pytest.approx(0.0, abs=1e-6)
     if options.get("audio_beta"):
         assert first["audio_drift"] == pytest.approx(0.0, abs=1e-6)  # before the first step it is the reference
         assert learner.update(batch, 1)["audio_drift"] > 0

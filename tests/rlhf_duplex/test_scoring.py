@@ -51,19 +51,25 @@ def test_scores_and_gradients_do_not_depend_on_how_many_logits_are_held(nano, at
     with torch.no_grad():
         _, others = reference.evaluate_actions(codes)
     kl, goal = exact_kl(distribution, others), Objective("onsets", onset_frames=2)
+    # By hand: which word, given that there is one, weighted by how likely that is.
+    said = [torch.cat([d[..., : goal.silent], d[..., goal.silent + 1 :]], dim=-1) for d in (distribution, others)]
+    which = exact_kl(*(d - d.logsumexp(dim=-1, keepdim=True) for d in said))
+    words = said[0].exp().sum(dim=-1) * which
     done = goal.log_probs(distribution, codes[:, 0])
     weight = policy.lm.transformer.layers[0].self_attn.in_projs[0].weight
     (expected,) = torch.autograd.grad((tokens - kl)[mask].sum(), weight)
-    scores = score_text(policy, codes, mask, reference, goal, at_once)
+    scores = score_text(policy, codes, mask, reference, goal, at_once=at_once, word_kl=True)
     for ours, theirs in (
         (scores.tokens, tokens),
         (scores.done, done),
         (scores.kl, kl),
+        (scores.word_kl, words),
         (scores.entropy, entropy(distribution)),
     ):
         torch.testing.assert_close(ours[mask], theirs[mask])
         assert (ours[~mask] == 0).all()
     assert kl[mask].min() > 1e-4
+    assert words[mask].max() > 1e-4
     assert not torch.allclose(done[mask], tokens[mask])
     (found,) = torch.autograd.grad((scores.tokens - scores.kl).sum(), weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
