@@ -276,7 +276,8 @@ class Config:
         seed: of everything random.
         checkpoint: `nano`, a bundle's folder, or a hub id.
         segments: manifest to train on, or `nano` for the segments that ship with it.
-        train_axes: train on the segments of these axes only; empty: all that the manifest has.
+        train_axes: train on the segments of these axes only, in turn (one that is named twice has twice the groups);
+            empty: all that the manifest has.
         resume: go on from the run folder's last checkpoint.
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of

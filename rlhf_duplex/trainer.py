@@ -145,7 +145,8 @@ class Trainer:
     def begin_rollouts(self, update: int) -> None:
         """Have the episodes of an update rolled out with the weights of now."""
         config, trainer = self.config, self.config.trainer
-        groups = segments_of_update(training_segments(config, self.inputs.trained), update, trainer.groups, config.seed)
+        trained = training_segments(config, self.inputs.trained)
+        groups = segments_of_update(trained, update, trainer.groups, config.seed, config.train_axes)
         rng = np.random.default_rng((config.seed, update))
         progress_share = update / max(1, trainer.updates - 1)
         contexts = [self.context.draw(rng, progress_share) for _ in groups]

@@ -49,7 +49,7 @@ def leave_one_axis_out(base: Config) -> Rows:
     trained = trained_axes(base)
     for axis in SEGMENT_AXES:
         name = f"without {SHORT.get(axis, axis)}"
-        others = [other for other in trained if other != axis]
+        others = [other for other in base.train_axes or trained if other in trained and other != axis]
         if axis not in trained:
             skipped.append(Skipped(name, f"the base does not train on {axis}"))
         elif not others:

@@ -103,6 +103,9 @@ def test_leave_one_out_of_fewer_axes():
     assert [row.name for row in rows] == ["full", "without turn", "without backchannel"]
     assert rows[1].overrides["train_axes"] == ["backchannel"]
     assert skipped[0].why == "the base does not train on pause_handling"
+    twice = load_config(BASE, ["train_axes=[turn_taking, turn_taking, backchannel]"])
+    rows, _ = preset_conditions("leave_one_axis_out", twice)
+    assert [row.overrides.get("train_axes") for row in rows] == [None, ["backchannel"], ["turn_taking", "turn_taking"]]
     alone = load_config(BASE, ["train_axes=[turn_taking]"])
     assert "nothing but turn_taking" in preset_conditions("leave_one_axis_out", alone)[1][1].why
 

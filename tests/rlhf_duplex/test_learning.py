@@ -206,6 +206,17 @@ def test_every_segment_comes_once_before_any_comes_twice(nano_segments):
     assert segments_of_update(nano_segments, 3, 8, 1) != segments_of_update(nano_segments, 3, 8, 2)
 
 
+def test_an_axis_that_is_named_twice_has_twice_the_segments(nano_segments):
+    axes = ["turn_taking", "backchannel", "turn_taking"]
+    seen = [s for update in range(10) for s in segments_of_update(nano_segments, update, 4, 1, axes)]
+    assert len({s.id for s in seen}) == 40
+    assert [s.axis for s in seen[:6]] == ["backchannel", "turn_taking", "turn_taking"] * 2
+    # Once each, in whatever order they are named, is as if they were not named.
+    every = [s for update in range(3) for s in segments_of_update(nano_segments, update, 4, 1)]
+    named = sorted({s.axis for s in nano_segments}, reverse=True)
+    assert [s for update in range(3) for s in segments_of_update(nano_segments, update, 4, 1, named)] == every
+
+
 def test_episode_seeds_differ_in_every_counter():
     seeds = {episode_seed(*key) for key in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]}
     assert len(seeds) == 5
