@@ -1,18 +1,16 @@
-"""The configuration: dataclasses that OmegaConf fills from a YAML file and `key=value` arguments, and checks.
+"""The configuration: dataclasses that OmegaConf fills from a YAML file and `key=value` arguments.
 
 Defaults are for the nano bundle on a laptop; where arXiv 2606.11167, section 3, gives a figure for the 7B that is
 another, it stands in brackets.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.errors import InputError
-from rlhf_duplex.algorithms.objectives import OBJECTIVES
-from rlhf_duplex.cluster_config import ClusterConfig, DryRunConfig, check_cluster
+from rlhf_duplex.cluster_config import ClusterConfig, DryRunConfig
+from rlhf_duplex.config_checks import check_config
 from rlhf_duplex.config_files import load_structured
 
 
@@ -41,6 +39,10 @@ class TrainerConfig:
         audio_beta: weight of the squared distance, relative to its size, between what the depth transformer is given
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
+        credit_windows: by axis of segments, `[before, after]`: an episode's advantage counts at the frames from so many
+            seconds before its axis' event to so many after it, and is 0 at the others, which are only held to the
+            reference. Less noise from what had no part in the reward (after DuplexPO, which samples in such windows
+            alone: 1 s before to 2 s after an event). An axis that is not named, or has no event, has all frames.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
         importance: `truncated` weighs each token by how much likelier it is under the policy as it is trained than it
@@ -67,6 +69,7 @@ class TrainerConfig:
     sentence_kl_beta: float = 0.0
     opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
+    credit_windows: dict[str, list[float]] = field(default_factory=dict)
     advantages: str = "per_axis"
     whiten: bool = False
     importance: str = "none"
@@ -249,20 +252,6 @@ class PromptConfig:
     silent_frame: list[int] | None = None
 
 
-def check_lora(lora: LoraConfig) -> None:
-    """Hold an adapter's options against what can be.
-
-    Raises:
-        InputError: the first that is wrong.
-    """
-    if lora.rank < 0 or not (lora.scaling > 0 and math.isfinite(lora.scaling)):
-        raise InputError(f"lora.rank must be at least 0 and lora.scaling above 0, found {lora.rank} and {lora.scaling}")
-    if lora.flavour not in ("moshi", "peft"):
-        raise InputError(f"lora.flavour '{lora.flavour}' is not known: choose moshi or peft")
-    if not lora.parts or not set(lora.parts) <= {"temporal", "depth"}:
-        raise InputError(f"lora.parts must name temporal, depth or both, found {lora.parts}")
-
-
 def _default_rewards() -> dict[str, Any]:
     return {axis: {"weight": 1.0} for axis in ("pause_handling", "turn_taking", "backchannel", "user_interruption")}
 
@@ -330,87 +319,3 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     result: Config = load_structured(Config, path, overrides, replaced=("rewards",))
     check_config(result)
     return result
-
-
-def check_config(config: Config) -> None:
-    """Values that no type can rule out.
-
-    Raises:
-        InputError: the first that is wrong.
-    """
-    trainer, optimiser = config.trainer, config.optimiser
-    positive = {
-        "trainer.groups": trainer.groups,
-        "trainer.minibatch": trainer.minibatch,
-        "trainer.microbatch": trainer.microbatch,
-        "trainer.importance_cap": trainer.importance_cap,
-        "trainer.passes": trainer.passes,
-        "trainer.onset_frames": trainer.onset_frames,
-        "checkpointing.every": config.checkpointing.every,
-        "checkpointing.keep": config.checkpointing.keep,
-        "evaluation.samples": config.evaluation.samples,
-        "evaluation.every_limit": config.evaluation.every_limit,
-        "live.dialogues": config.live.dialogues,
-        "live.seconds": config.live.seconds,
-        "live.lead_in": config.live.lead_in,
-        "optimiser.learning_rate": optimiser.learning_rate,
-        "optimiser.clip_norm": optimiser.clip_norm,
-        "ppo.value_learning_rate": config.ppo.value_learning_rate,
-    }
-    for key, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be above 0, found {value}")
-    if trainer.group_size < 2:
-        raise InputError(
-            f"trainer.group_size must be at least 2 (a group is compared within itself), found {trainer.group_size}"
-        )
-    not_negative = {
-        "seed": config.seed,
-        "evaluation.seed": config.evaluation.seed,
-        "optimiser.weight_decay": optimiser.weight_decay,
-        "trainer.updates": trainer.updates,
-        "trainer.clip": trainer.clip,
-        "trainer.clip_high": trainer.clip if trainer.clip_high is None else trainer.clip_high,
-        "trainer.kl_beta": trainer.kl_beta,
-        "trainer.sentence_kl_beta": trainer.sentence_kl_beta,
-        "trainer.opening_kl_beta": trainer.opening_kl_beta,
-        "trainer.audio_beta": trainer.audio_beta,
-        "ppo.value_clip": config.ppo.value_clip,
-        "context.lead_in": config.context.lead_in,
-        "context.max_seconds": config.context.max_seconds,
-        **{f"sampling.{key}": value for key, value in vars(config.sampling).items()},
-        "optimiser.warmup_updates": optimiser.warmup_updates,
-        "evaluation.limit": config.evaluation.limit,
-        "evaluation.episodes": config.evaluation.episodes,
-        "evaluation.every": config.evaluation.every,
-    }
-    for key, value in not_negative.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be a number of at least 0, found {value}")
-    if not all(0 <= beta < 1 for beta in optimiser.betas):
-        raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
-    choices = {
-        "trainer.algorithm": (trainer.algorithm, ("grpo", "rloo", "dr_grpo", "gspo", "ppo")),
-        "trainer.objective": (trainer.objective, OBJECTIVES),
-        "trainer.advantages": (trainer.advantages, ("per_axis", "weighted_sum")),
-        "trainer.importance": (trainer.importance, ("none", "truncated")),
-        "optimiser.schedule": (optimiser.schedule, ("cosine", "constant")),
-        "dtype": (config.dtype, ("float32", "bfloat16")),
-        "env": (config.env, ("replay", "live")),
-    }
-    for key, (chosen, allowed) in choices.items():
-        if chosen not in allowed:
-            raise InputError(f"{key} '{chosen}' is not known: choose {' or '.join(allowed)}")
-    if not (0 <= config.ppo.gamma <= 1 and 0 <= config.ppo.gae_lambda <= 1):
-        raise InputError(
-            f"ppo.gamma and ppo.gae_lambda must lie in [0, 1], found {config.ppo.gamma} and {config.ppo.gae_lambda}"
-        )
-    if config.env == "live" and config.train_axes:
-        raise InputError("train_axes chooses recorded segments: env=live has none")
-    check_lora(config.lora)
-    if config.lora.rank and "temporal" not in config.lora.parts:
-        raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
-    check_cluster(config.cluster, trainer.ahead)
-    for name in config.trackers:
-        if name not in ("tensorboard", "wandb"):
-            raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")

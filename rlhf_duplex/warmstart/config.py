@@ -18,8 +18,8 @@ from rlhf_duplex.config import (
     PromptConfig,
     SamplingConfig,
     _default_rewards,
-    check_lora,
 )
+from rlhf_duplex.config_checks import check_lora
 from rlhf_duplex.config_files import load_structured
 from rlhf_duplex.data.pair import KINDS
 from rlhf_duplex.policy.lora import PARTS, part_of
