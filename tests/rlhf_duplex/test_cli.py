@@ -124,6 +124,9 @@ def test_bad_audio(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("trainer.credit_windows={pauses: [1, 2]}", "'pauses' is no axis of segments: these are pause_handling, "),
+        ("trainer.credit_windows={turn_taking: [1]}", "turn_taking must be [seconds before, seconds after], such as"),
+        ("trainer.credit_windows={turn_taking: [1, -2]}", "such as [1, 2], found [1.0, -2.0]"),
         ("trainer.update=3", "unknown configuration key 'trainer.update'"),
         ("nonsense=3", "unknown configuration key 'nonsense'"),
         ("trainer.updates=many", "trainer.updates"),
