@@ -1,6 +1,7 @@
 """What is wrong with a configuration that its types allow."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from envs.errors import InputError
@@ -37,9 +38,7 @@ def check_config(config: "Config") -> None:
         "optimiser.clip_norm": optimiser.clip_norm,
         "ppo.value_learning_rate": config.ppo.value_learning_rate,
     }
-    for key, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be above 0, found {value}")
+    check_positive(positive)
     if trainer.group_size < 2:
         raise InputError(
             f"trainer.group_size must be at least 2 (a group is compared within itself), found {trainer.group_size}"
@@ -64,9 +63,7 @@ def check_config(config: "Config") -> None:
         "evaluation.episodes": config.evaluation.episodes,
         "evaluation.every": config.evaluation.every,
     }
-    for key, value in not_negative.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be a number of at least 0, found {value}")
+    check_not_negative(not_negative)
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {
@@ -97,6 +94,28 @@ def check_config(config: "Config") -> None:
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
 
 
+def check_positive(values: Mapping[str, float]) -> None:
+    """Values by key, all of which must be above 0 and finite.
+
+    Raises:
+        InputError: the first that is not.
+    """
+    for key, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"{key} must be above 0, found {value}")
+
+
+def check_not_negative(values: Mapping[str, float]) -> None:
+    """Values by key, all of which must be at least 0 and finite.
+
+    Raises:
+        InputError: the first that is not.
+    """
+    for key, value in values.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"{key} must be a number of at least 0, found {value}")
+
+
 def _check_windows(trainer: "TrainerConfig") -> None:
     for axis, window in trainer.credit_windows.items():
         if axis not in SEGMENT_AXES:
@@ -108,7 +127,9 @@ def _check_windows(trainer: "TrainerConfig") -> None:
                 f"trainer.credit_windows.{axis} must be [seconds before, seconds after], such as [1, 2], found {window}"
             )
     if trainer.credit_windows and trainer.algorithm == "ppo":
-        raise InputError("trainer.credit_windows is of an episode's advantage: a value function (ppo) has one a frame")
+        raise InputError(
+            "trainer.credit_windows is of an episode's advantage: with ppo each frame has its own; leave them out"
+        )
 
 
 def check_lora(lora: "LoraConfig") -> None:

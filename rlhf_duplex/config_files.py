@@ -72,7 +72,8 @@ def load_structured(
                         config[key] = {}
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise InputError(f"{source}: {_explain(error)}{_own_command(path, source)}") from error
+            why = _explain(error)
+            raise InputError(f"{source}: {why}{_own_command(path, source) if 'unknown' in why else ''}") from error
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

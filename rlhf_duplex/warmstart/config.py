@@ -1,6 +1,5 @@
 """The configuration of a warm start, with the figures of arXiv 2506.21463 in brackets where nano's are others."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from rlhf_duplex.config import (
     SamplingConfig,
     _default_rewards,
 )
-from rlhf_duplex.config_checks import check_lora
+from rlhf_duplex.config_checks import check_lora, check_not_negative, check_positive
 from rlhf_duplex.config_files import load_structured
 from rlhf_duplex.data.pair import KINDS
 from rlhf_duplex.policy.lora import PARTS, part_of
@@ -247,9 +246,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         "evaluation.samples": config.evaluation.samples,
         "evaluation.batch_size": config.evaluation.batch_size,
     }
-    for key, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be above 0, found {value}")
+    check_positive(positive)
     not_negative = {
         "seed": config.seed,
         "loss.simpo_gamma": loss.simpo_gamma,
@@ -267,9 +264,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         **{f"training.at_most.{kind}": count for kind, count in training.at_most.items()},
         **{f"optimiser.learning_rates.{part}": rate for part, rate in vars(optimiser.learning_rates).items()},
     }
-    for key, value in not_negative.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise InputError(f"{key} must be a number of at least 0, found {value}")
+    check_not_negative(not_negative)
     if not 0 <= loss.label_smoothing < 0.5:
         raise InputError(f"loss.label_smoothing must lie in [0, 0.5), found {loss.label_smoothing}")
     if not all(0 <= beta < 1 for beta in optimiser.betas):
