@@ -29,8 +29,7 @@ class Ear:
             raise InputError("live dialogues are heard frame by frame, which only Silero can: set detector.name=silero")
         self._detector = detector
         self._source = sample_rate
-        self._rate = sample_rate if sample_rate in (8000, 16000) else 16000
-        self._window = detector.window(self._rate)
+        self._rate, self._window = detector.sample_rate, detector.window
 
     def begin(self, batch: int) -> None:
         """Hear B voices from their beginning."""
@@ -52,7 +51,7 @@ class Ear:
         if ready:
             heard = torch.from_numpy(np.ascontiguousarray(self._pending[:, :ready]))
             self._pending = self._pending[:, ready:]
-            probabilities, self._state = self._detector.advance(heard, self._rate, self._state)
+            probabilities, self._state = self._detector.advance(heard, self._state)
             for column in probabilities.numpy().T:
                 self._hear_window(column)
         return self._speaking.copy()

@@ -69,10 +69,12 @@ class SileroDetector:
     convolutions together and through the LSTM as one sequence with a batch dimension (`envs.silero`); the
     probabilities are the same (tested), and so is the rule that turns them into intervals, which is the package's own.
 
-    Sample rates of 8 and 16 kHz are used as they are; any other is resampled to 16 kHz (feeding 24 kHz audio as if it
-    were 16 kHz is a fault of the official Full-Duplex-Bench scripts).
+    All audio is resampled to the network's rate (feeding 24 kHz audio as if it were 16 kHz is a fault of the official
+    Full-Duplex-Bench scripts). Telephone audio and nano's, at 8 kHz, go through the 16 kHz network, too: it hears the
+    beginnings of utterances that the 8 kHz one is late for (`experiments/nano/README.md`).
 
     Attributes:
+        sample_rate: Hz of the network, 16000 or 8000.
         threshold: speech probability from which a window counts as speech.
         min_speech_seconds: shorter speech is dropped.
         min_silence_seconds: a shorter silence does not end an interval.
@@ -85,40 +87,40 @@ class SileroDetector:
     min_silence_seconds: float = 0.1
     pad_seconds: float = 0.03
     device: str = "cpu"
+    sample_rate: int = 16000
 
     def __post_init__(self) -> None:
+        if self.sample_rate not in (8000, 16000):
+            raise InputError(f"Silero has a network for 8000 and one for 16000 Hz, not for {self.sample_rate!r}")
         threads = torch.get_num_threads()
         from silero_vad import load_silero_vad
 
         torch.set_num_threads(threads)  # importing silero_vad sets the whole process to one thread
         model = load_silero_vad().to(self.device)
-        self._networks = {16000: SileroNetwork(model._model), 8000: SileroNetwork(model._model_8k)}
+        self._network = SileroNetwork(model._model if self.sample_rate == 16000 else model._model_8k)
 
-    def probabilities(self, audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-        """Speech probability of each 32 ms window, `(B, windows)`, of audio `(B, N)` at 8 or 16 kHz."""
-        window = self.window(sample_rate)
+    def probabilities(self, audio: torch.Tensor) -> torch.Tensor:
+        """Speech probability of each 32 ms window, `(B, windows)`, of audio `(B, N)` at the network's rate."""
+        window = self.window
         device = torch.device(self.device)
         audio = torch.nn.functional.pad(audio.to(device), (0, -audio.shape[1] % window))
         parts = audio.split(CLIPS_TOGETHER)
-        return torch.cat(list(map_on_cores(lambda part: self.advance(part, sample_rate)[0], parts, device)))
+        return torch.cat(list(map_on_cores(lambda part: self.advance(part)[0], parts, device)))
 
-    @staticmethod
-    def window(sample_rate: int) -> int:
-        """Samples of a window at 8 or 16 kHz."""
-        return 512 if sample_rate == 16000 else 256
+    @property
+    def window(self) -> int:
+        """Samples of a window at the network's rate: 32 ms."""
+        return 512 if self.sample_rate == 16000 else 256
 
     @torch.no_grad()
-    def advance(
-        self, audio: torch.Tensor, sample_rate: int, state: VadState | None = None
-    ) -> tuple[torch.Tensor, VadState]:
+    def advance(self, audio: torch.Tensor, state: VadState | None = None) -> tuple[torch.Tensor, VadState]:
         """The probabilities `(B, windows)` of the next whole windows `(B, windows * window)` of B clips.
 
         Args:
-            audio: what follows the audio of the call before.
-            sample_rate: 8 or 16 kHz.
+            audio: what follows the audio of the call before, at the network's rate.
             state: what the call before gave; None at the beginning of the clips.
         """
-        window = self.window(sample_rate)
+        window = self.window
         context = window // 8
         batch, samples = audio.shape
         count = samples // window
@@ -128,16 +130,16 @@ class SileroDetector:
             return torch.zeros(batch, 0), (tail, hidden)
         # Each window is seen with the last samples of the one before it (zeros before the first).
         padded = torch.cat([tail, audio], dim=1)
-        probabilities, hidden = self._networks[sample_rate](padded.unfold(1, window + context, window), hidden)
+        probabilities, hidden = self._network(padded.unfold(1, window + context, window), hidden)
         return probabilities.cpu(), (padded[:, -context:], hidden)
 
-    def stamps(self, probabilities: np.ndarray, samples: int, sample_rate: int) -> list[Interval]:
+    def stamps(self, probabilities: np.ndarray, samples: int) -> list[Interval]:
         """Speech intervals of one clip of so many samples, by the package's rule from `(windows,)` probabilities."""
         from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
         stamps = get_speech_timestamps_from_probs(
             probabilities.tolist(),
-            sampling_rate=sample_rate,
+            sampling_rate=self.sample_rate,
             threshold=self.threshold,
             min_speech_duration_ms=self.min_speech_seconds * 1000,
             min_silence_duration_ms=self.min_silence_seconds * 1000,
@@ -145,21 +147,19 @@ class SileroDetector:
             audio_length_samples=samples,
             step=1,
         )
-        return [Interval(stamp["start"] / sample_rate, stamp["end"] / sample_rate) for stamp in stamps]
+        return [Interval(stamp["start"] / self.sample_rate, stamp["end"] / self.sample_rate) for stamp in stamps]
 
     def detect(self, audio: Sequence[np.ndarray], sample_rate: int) -> list[list[Interval]]:
         """See `SpeechDetector.detect`."""
         clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
-        rate = sample_rate if sample_rate in self._networks else 16000
-        if rate != sample_rate:
-            clips = [resample(clip, sample_rate, rate) if len(clip) else clip for clip in clips]
+        if sample_rate != self.sample_rate:
+            clips = [resample(clip, sample_rate, self.sample_rate) if len(clip) else clip for clip in clips]
         batch, lengths = pad_batch(clips)
         if batch.numel() == 0:
             return [[] for _ in clips]
-        probabilities = self.probabilities(batch, rate).numpy()
-        window = self.window(rate)
+        probabilities = self.probabilities(batch).numpy()
         return [
-            self.stamps(row[: -(-length // window)], length, rate)
+            self.stamps(row[: -(-length // self.window)], length)
             for row, length in zip(probabilities, lengths, strict=True)
         ]
 

@@ -57,9 +57,7 @@ class SpeechStream:
         import soxr
 
         self._detector = detector
-        # The 8 kHz network only where there is nothing above 4 kHz to hear on any channel.
-        self._rate = 8000 if set(rates) == {8000} else 16000
-        self._window = detector.window(self._rate)
+        self._rate, self._window = detector.sample_rate, detector.window
         self._resamplers = [
             None if rate == self._rate else soxr.ResampleStream(rate, self._rate, 1, dtype="float32", quality="HQ")
             for rate in rates
@@ -67,7 +65,7 @@ class SpeechStream:
         self._pending: list[np.ndarray] = [np.zeros(0, dtype=np.float32) for _ in rates]
         self._samples = [0 for _ in rates]  # of each channel, at the network's rate
         self._state: VadState | None = None
-        self._pieces = [_Piece(detector, self._rate) for _ in rates]
+        self._pieces = [_Piece(detector) for _ in rates]
 
     def push(self, blocks: Sequence[np.ndarray]) -> None:
         """The next audio `(N,)` of each channel; the channels need not be equally far."""
@@ -94,7 +92,7 @@ class SpeechStream:
     def _advance(self, samples: int) -> None:
         audio = torch.from_numpy(np.stack([p[:samples] for p in self._pending]))
         self._pending = [p[samples:] for p in self._pending]
-        probabilities, self._state = self._detector.advance(audio, self._rate, self._state)
+        probabilities, self._state = self._detector.advance(audio, self._state)
         for piece, row in zip(self._pieces, probabilities.numpy(), strict=True):
             piece.push(row)
 
@@ -102,9 +100,8 @@ class SpeechStream:
 class _Piece:
     """Probabilities of one channel that are not intervals yet, and the intervals so far."""
 
-    def __init__(self, detector: SileroDetector, rate: int) -> None:
-        self._detector, self._rate = detector, rate
-        self._window = detector.window(rate)
+    def __init__(self, detector: SileroDetector) -> None:
+        self._detector, self._rate, self._window = detector, detector.sample_rate, detector.window
         self._waiting: np.ndarray = np.zeros(0, dtype=np.float32)
         self._begins = 0  # sample at which what waits begins
         self._found: list[Interval] = []
@@ -139,7 +136,7 @@ class _Piece:
 
     def _stamp(self, windows: int, samples: int) -> None:
         offset = self._begins / self._rate
-        found = self._detector.stamps(self._waiting[:windows], samples, self._rate)
+        found = self._detector.stamps(self._waiting[:windows], samples)
         self._found += [Interval(i.start + offset, i.end + offset) for i in found]
         self._waiting = self._waiting[windows:]
         self._begins += samples

@@ -25,6 +25,9 @@ class TrainerConfig:
             in place of the group's baseline (options under `ppo`).
         objective: what of a frame's text token is learned: `tokens`, `speaking` or `onsets`; `onset_frames`: see
             `rlhf_duplex.algorithms.objectives.Objective`.
+        onset_words: of `onsets`, the words (by their first token) that are told from others where the agent may begin,
+            such as "mm-hm"; beside these only whether it begins is learned, not with which word. Without any, each
+            word is learned, and soon the ones that are heard soonest begin every answer.
         updates: how many [100].
         groups: segments an update [32]; group_size: G, episodes of each [16].
         minibatch: episodes an optimiser step [32, one a GPU]; microbatch: episodes a forward pass (no effect on
@@ -34,8 +37,8 @@ class TrainerConfig:
         kl_beta: weight of KL[policy || reference] [0.01].
         sentence_kl_beta: further weight of the KL at the frames inside a sentence, those at which `onsets` takes no
             token: keeps how sentences go on, and leaves free when they begin.
-        opening_kl_beta: weight of the KL of which word is said where the agent may begin, given that it says one:
-            keeps answers from coming to begin with the same words, and leaves free when they do.
+        opening_kl_beta: weight of the KL of which word is said where the agent may begin, given that it says one (and
+            none of `onset_words`): keeps answers from coming to begin with the same words, leaves free when they do.
         audio_beta: weight of the squared distance, relative to its size, between what the depth transformer is given
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
@@ -57,6 +60,7 @@ class TrainerConfig:
     algorithm: str = "grpo"
     objective: str = "tokens"
     onset_frames: int = 8
+    onset_words: list[str] = field(default_factory=list)
     updates: int = 24
     groups: int = 12
     group_size: int = 16

@@ -82,6 +82,10 @@ def check_config(config: "Config") -> None:
         raise InputError(
             f"ppo.gamma and ppo.gae_lambda must lie in [0, 1], found {config.ppo.gamma} and {config.ppo.gae_lambda}"
         )
+    if trainer.onset_words and trainer.objective != "onsets":
+        raise InputError(
+            f"trainer.onset_words are of trainer.objective=onsets, found {trainer.objective}: set it, or leave them out"
+        )
     _check_windows(trainer)
     if config.env == "live" and config.train_axes:
         raise InputError("train_axes chooses recorded segments: env=live has none")

@@ -16,6 +16,7 @@ from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.metrics import read_results
 from rlhf_duplex.policy.bundle import bundle_info, check_bundle, find_bundle
+from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.prompt import check_prompt
 from rlhf_duplex.tracking import check_trackers
 
@@ -42,6 +43,8 @@ def load_inputs(config: Config) -> Inputs:
     """
     check_machine(config)
     check_prompt(config.prompt)
+    if config.trainer.onset_words:
+        first_tokens(bundle_info(config.checkpoint).get_text_tokenizer(), config.trainer.onset_words)
     specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
     reward_function = RewardFunction(specs)
     detector = make_detector(config.detector.name, **config.detector.options)

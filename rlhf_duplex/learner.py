@@ -124,6 +124,7 @@ class Learner:
         seed: of the order of minibatches, and of a value function's first weights.
         ppo: of the value function, which `trainer.algorithm` `ppo` has.
         parallel: the group of learners that share the update.
+        apart: tokens that the objective tells from others where a sentence may begin.
 
     The reference is a frozen copy of the policy as it is now: of a warm-started policy if that is what it is, with
     adapters as without. Weights that are not trained are shared with it: with adapters it is the model with them off,
@@ -139,6 +140,7 @@ class Learner:
         seed: int,
         ppo: PpoConfig | None = None,
         parallel: Alone | None = None,
+        apart: Sequence[int] = (),
     ) -> None:
         self.trainer, self.config, self.seed, self.ppo = trainer, optimiser, seed, ppo or PpoConfig()
         self.parallel = parallel or Alone()
@@ -147,6 +149,7 @@ class Learner:
             policy.lm.text_padding_token_id,
             policy.lm.end_of_text_padding_id,
             trainer.onset_frames,
+            tuple(apart),
         )
         self.adapters = has_lora(policy.lm)
         for name, parameter in policy.lm.named_parameters():

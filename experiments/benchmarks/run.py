@@ -220,7 +220,7 @@ def _detection(bundle: Bundle, sizes: Sizes, device: torch.device) -> Comparison
     detector, stock = SileroDetector(device=str(device)), load_silero_vad()
     torch.set_num_threads(threads)  # importing silero_vad sets the whole process to one thread
     generator = np.random.default_rng(0)
-    rate = 8000
+    rate = detector.sample_rate
     clips = [
         (generator.standard_normal(10 * rate) * 0.1 * np.sin(np.arange(10 * rate) / rate) ** 2).astype(np.float32)
         for _ in range(sizes.clips)

@@ -19,7 +19,9 @@ from moshi.models import LMGen, LMModel, MimiModel
 from moshi.models.loaders import CheckpointInfo
 from torch import Tensor
 
-from . import listen
+from envs.speech import SileroDetector
+
+from .codec import SAMPLE_RATE
 from .tokenizer import EPAD, PAD
 
 PACKAGE = Path(__file__).resolve().parents[2] / "rlhf_duplex"
@@ -86,7 +88,8 @@ def play(bundle: Path, data: Path, axis: str, count: int, lead: float, temperatu
     tokens, audio = sample(model, mimi, user, *temperatures)
     audio = torch.nn.functional.pad(audio, (0, 1600))  # Silero closes an interval after a little silence
     outcomes = []
-    for segment, row, spoken in zip(segments, tokens.tolist(), listen.detect(audio), strict=True):
+    heard = SileroDetector().detect(list(audio.numpy()), SAMPLE_RATE)
+    for segment, row, spoken in zip(segments, tokens.tolist(), heard, strict=True):
         end = segment["end"] - segment["start"]
         cut = [(s - lead, min(e - lead, end)) for s, e in spoken if s - lead < end and e > lead]
         outcomes.append(Outcome(segment, row, cut, lead))

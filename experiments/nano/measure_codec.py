@@ -9,10 +9,13 @@ import librosa
 import numpy as np
 import torch
 
-from . import bank, codec, listen, sentences
+from envs.audio import resample
+from envs.speech import Interval, SileroDetector
+
+from . import bank, codec, sentences
 
 
-def agreement(mimi, utterances: list[np.ndarray]) -> tuple[float, float]:
+def agreement(mimi, detector: SileroDetector, utterances: list[np.ndarray]) -> tuple[float, float]:
     """Share of 32 ms blocks with the same decision, and intersection over union of the speech intervals.
 
     utterances: float32 [N] at 8 kHz; half a second of silence goes before and after each.
@@ -24,18 +27,22 @@ def agreement(mimi, utterances: list[np.ndarray]) -> tuple[float, float]:
         real = torch.from_numpy(padded)[None]
         with torch.no_grad():
             made = mimi.decode(mimi.encode(real[:, None]))[:, 0, : real.shape[1]]
-        first, second = listen.probabilities(real)[0], listen.probabilities(made)[0]
+        sides = [resample(side[0].numpy(), codec.SAMPLE_RATE, detector.sample_rate) for side in (real, made)]
+        first, second = detector.probabilities(torch.from_numpy(np.stack(sides)))
         same += float(((first >= 0.5) == (second >= 0.5)).sum())
         blocks += len(first)
-        masks = []
-        for row in (first, second):
-            mask = np.zeros(len(padded) // 80, bool)
-            for start, end in listen.intervals(row):
-                mask[round(start * 100) : round(end * 100)] = True
-            masks.append(mask)
+        masks = [_mask(found, len(padded) // 80) for found in detector.detect(sides, detector.sample_rate)]
         both += float((masks[0] & masks[1]).sum())
         either += float((masks[0] | masks[1]).sum())
     return same / blocks, both / max(either, 1.0)
+
+
+def _mask(intervals: list[Interval], length: int) -> np.ndarray:
+    """Whether there is speech, by hundredths of a second."""
+    mask = np.zeros(length, bool)
+    for start, end in intervals:
+        mask[round(start * 100) : round(end * 100)] = True
+    return mask
 
 
 def real_speech(folder: Path) -> list[np.ndarray]:
@@ -54,7 +61,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, help="the recipe's speech.npz: 60 held-out utterances, and the agent")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    mimi = codec.load(arguments.codec)
+    mimi, detector = codec.load(arguments.codec), SileroDetector()
     speech = {folder.name: real_speech(folder) for folder in arguments.folders}
     if arguments.speech is not None:
         made = bank.load(arguments.speech)
@@ -64,12 +71,12 @@ def main() -> None:
         speech["agent, sentences"] = [parts[0] for text, parts in lines if text not in sentences.BACKCHANNELS]
         speech["agent, backchannels"] = [p for text, parts in lines if text in sentences.BACKCHANNELS for p in parts]
     for name, utterances in speech.items():
-        same, overlap = agreement(mimi, utterances)
+        same, overlap = agreement(mimi, detector, utterances)
         print(f"{name}: frame agreement {same:.3f}, interval IoU {overlap:.3f}")
     silence = torch.zeros(1, 1, 100 * codec.FRAME_SIZE)
     with torch.no_grad():
         made = mimi.decode(mimi.encode(silence))
-    heard = listen.detect(made[:, 0])
+    heard = detector.detect([made[0, 0].numpy()], codec.SAMPLE_RATE)
     print(f"silence: peak {made.abs().max().item():.4f}, intervals heard {heard[0]}")
 
 

@@ -21,12 +21,16 @@ class Objective:
             begin is learned (an "mm-hm" or a sentence), how a sentence goes on is not.
         silent: the padding token; announcing: the token that announces a word (PAD and EPAD, 3 and 0 in Moshi).
         onset_frames: must be longer than the pauses between the words of a sentence (8 frames are 0.64 s).
+        apart: of `onsets`, tokens that are told from others where the agent may begin (those of "mm-hm"), beside
+            `silent` and `announcing`: all others are one choice, "a sentence", and with which word it begins is not
+            learned. Empty: every token is a choice.
     """
 
     name: str = "tokens"
     silent: int = 3
     announcing: int = 0
     onset_frames: int = 8
+    apart: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -46,7 +50,27 @@ class Objective:
         speaking = speaking_log_probs(distribution, self.silent).gather(-1, spoke[..., None])[..., 0]
         if self.name == "speaking":
             return speaking
+        if self.apart:
+            kinds = self._told_apart.to(text.device)
+            kind = (text[..., None] == kinds).long()
+            kind = torch.where(kind.any(dim=-1), kind.argmax(dim=-1), len(kinds))
+            tokens = self.choices(distribution).gather(-1, kind[..., None])[..., 0]
         return torch.where(self.onsets(text) if onsets is None else onsets, tokens, speaking)
+
+    @property
+    def _told_apart(self) -> torch.Tensor:
+        return torch.tensor([self.silent, self.announcing, *self.apart])
+
+    def choices(self, log_policy: torch.Tensor) -> torch.Tensor:
+        """What is chosen of where the agent may begin: log-probabilities `(..., V)` to `(..., C)`.
+
+        {silent, speak}; with `apart` {silent, announcing, each token apart, any other}.
+        """
+        if not self.apart:
+            return speaking_log_probs(log_policy, self.silent)
+        kinds = self._told_apart.to(log_policy.device)
+        others = log_policy.index_fill(-1, kinds, float("-inf")).logsumexp(dim=-1)
+        return torch.cat([log_policy[..., kinds], others[..., None]], dim=-1)
 
     def onsets(self, text: torch.Tensor) -> torch.Tensor:
         """`(B, T)` bool of text tokens `(B, T)`: the agent was silent for `onset_frames` and may begin."""

@@ -28,6 +28,7 @@ from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.live import training_environment
 from rlhf_duplex.parallel import Alone
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
+from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.prompt import make_prompt
@@ -199,7 +200,8 @@ class LearnerRole:
 
     def __init__(self, config: Config, policy: MoshiPolicy, bundle: Bundle, parallel: Alone | None = None) -> None:
         self.bundle = bundle
-        self.learner = Learner(policy, config.trainer, config.optimiser, config.seed, config.ppo, parallel)
+        apart = first_tokens(bundle.tokenizer, config.trainer.onset_words)
+        self.learner = Learner(policy, config.trainer, config.optimiser, config.seed, config.ppo, parallel, apart)
 
     def learn(self, batch: Batch, update: int) -> dict[str, float]:
         """One update; see `Learner.update`."""

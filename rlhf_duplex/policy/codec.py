@@ -1,6 +1,7 @@
 """Mimi and the tokenizer as the environment's `Codec`."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 
 import sentencepiece
@@ -9,6 +10,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 
 from envs.cores import map_on_cores
+from envs.errors import InputError
 from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError
 
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes the space before a word
@@ -40,6 +42,26 @@ def shared_beginnings(codes: torch.Tensor) -> tuple[list[int], list[int]]:
         sources.append(int(source))
         frames.append(int(longest))
     return sources, frames
+
+
+def first_tokens(tokenizer: sentencepiece.SentencePieceProcessor, words: Sequence[str]) -> list[int]:
+    """The token that each word begins with.
+
+    Raises:
+        InputError: a word without tokens, or two that begin with the same one.
+    """
+    found: dict[int, str] = {}
+    for word in words:
+        pieces = tokenizer.encode(word)
+        if not pieces or pieces[0] == tokenizer.unk_id():
+            raise InputError(f"trainer.onset_words: the tokenizer of this model has no token for '{word}'")
+        if pieces[0] in found:
+            piece = tokenizer.id_to_piece(pieces[0])
+            raise InputError(
+                f"trainer.onset_words: '{found[pieces[0]]}' and '{word}' begin with the same token '{piece}': keep one"
+            )
+        found[pieces[0]] = word
+    return list(found)
 
 
 class MimiCodec:

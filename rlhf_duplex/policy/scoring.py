@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_duplex.algorithms.losses import entropy, exact_kl
-from rlhf_duplex.algorithms.objectives import Objective, speaking_log_probs
+from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import log_distribution
 
@@ -125,7 +125,7 @@ def _score_frames(
                 )
             kl = exact_kl(policys, theirs)
             if word_kl:
-                words = kl - exact_kl(*(speaking_log_probs(found, goal.silent) for found in (policys, theirs)))
+                words = kl - exact_kl(*(goal.choices(found) for found in (policys, theirs)))
         with torch.no_grad():
             uncertain = entropy(policys)
         return torch.stack([tokens, done, kl, words, uncertain])

@@ -38,13 +38,14 @@ def clips_at(voice, rate):
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
-def test_batched_silero_equals_the_stock_package_one_by_one(silero, stock, voice, rate):
+def test_batched_silero_equals_the_stock_package_one_by_one(stock, voice, rate):
     from silero_vad import get_speech_timestamps
 
+    silero = SileroDetector(sample_rate=rate)
     clips = clips_at(voice, rate)
     window = 512 if rate == 16000 else 256
     batch, lengths = pad_batch(clips)
-    probabilities = silero.probabilities(batch, rate)
+    probabilities = silero.probabilities(batch)
     found = silero.detect(clips, rate)
     assert found[0], "Silero must hear speech in the first clip, or this test compares nothing"
     assert found[1]
@@ -72,10 +73,11 @@ def test_silero_does_not_depend_on_the_batch_or_its_order(silero, voice):
     assert together[::-1] == silero.detect(clips[::-1], 16000)
 
 
-def test_silero_resamples_other_rates_instead_of_misreading_them(silero, voice):
-    silence = np.zeros(24000, dtype=np.float32)
-    clip = np.concatenate([silence, voice(2.0, 24000), silence])
-    (intervals,) = silero.detect([clip], 24000)
+@pytest.mark.parametrize(("rate", "network"), [(24000, 16000), (8000, 16000), (24000, 8000)])
+def test_silero_resamples_other_rates_instead_of_misreading_them(voice, rate, network):
+    silence = np.zeros(rate, dtype=np.float32)
+    clip = np.concatenate([silence, voice(2.0, rate), silence])
+    (intervals,) = SileroDetector(sample_rate=network).detect([clip], rate)
     # Speech from 1 to 3 s of the clip; read as 16 kHz it would end at 4.5 s.
     assert 0.9 < intervals[0].start < 1.5
     assert 2.8 < intervals[-1].end < 3.2

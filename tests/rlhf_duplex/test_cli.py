@@ -124,6 +124,7 @@ def test_bad_audio(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("trainer.onset_words=[mm-hm]", "trainer.onset_words are of trainer.objective=onsets, found tokens"),
         ("trainer.credit_windows={pauses: [1, 2]}", "'pauses' is no axis of segments: these are pause_handling, "),
         ("trainer.credit_windows={turn_taking: [1]}", "turn_taking must be [seconds before, seconds after], such as"),
         ("trainer.credit_windows={turn_taking: [1, -2]}", "such as [1, 2], found [1.0, -2.0]"),
@@ -153,6 +154,15 @@ def test_bad_audio(tmp_path, capsys):
 )
 def test_bad_configuration(tmp_path, capsys, argument, message):
     assert message in failing(capsys, f"run_dir={tmp_path / 'run'}", argument)
+
+
+def test_onset_words_that_the_tokenizer_cannot_tell_apart(tmp_path, capsys):
+    def error(words):
+        run = f"run_dir={tmp_path / 'run'}"
+        return failing(capsys, run, "trainer.objective=onsets", f"trainer.onset_words={words}")
+
+    assert "'I see' and 'I think' begin with the same token" in error("[mm-hm, I see, I think]")
+    assert "the tokenizer of this model has no token for ''" in error("['']")
 
 
 def test_configuration_files_that_are_wrong(tmp_path, capsys):

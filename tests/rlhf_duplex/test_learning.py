@@ -16,6 +16,7 @@ from envs.vector import DuplexDialogueVectorEnv
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig, load_config
 from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
 from rlhf_duplex.policy.bundle import load_bundle
+from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.rollout import episode_seed, rollout
@@ -101,6 +102,7 @@ def test_advantages_count_around_the_event_alone(setting):
     [
         {"objective": "speaking", "sentence_kl_beta": 0.1, "passes": 2},
         {"objective": "onsets", "audio_beta": 0.1, "opening_kl_beta": 0.1},
+        {"onset_words": ["mm-hm", "okay"], "objective": "onsets", "opening_kl_beta": 0.1},
         {"algorithm": "gspo", "clip": 4e-4},
         {"algorithm": "dr_grpo", "clip_high": 0.28},
         {"algorithm": "rloo"},
@@ -112,7 +114,8 @@ def test_every_objective_raises_speech_that_had_a_high_advantage(setting, option
     bundle, _, _, _, episodes = setting
     policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
     config = OptimiserConfig(learning_rate=1e-4, schedule="constant", warmup_updates=0)
-    learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=3, **options), config, seed=0)
+    apart = first_tokens(bundle.tokenizer, options.get("onset_words", ()))
+    learner = Learner(policy, TrainerConfig(minibatch=8, microbatch=3, **options), config, seed=0, apart=apart)
     silent = policy.lm.text_padding_token_id
     spoken = torch.tensor([float((e.text_tokens != silent).mean()) for e in episodes])
     advantages = torch.where(spoken > spoken.median(), 1.0, -1.0)

@@ -131,5 +131,26 @@ def test_objectives_by_hand():
     # Two frames of silence before: the first word is an onset, the second is not.
     onsets = Objective("onsets", onset_frames=2).log_probs(distribution, text).exp()
     assert torch.allclose(onsets, torch.tensor([[0.4, 0.2, 0.4, 0.6]]))
+    # With token 1 apart, token 2 stands for all others; whether to begin is learned as before.
+    apart = Objective("onsets", onset_frames=1, apart=(1,))
+    assert torch.allclose(apart.choices(distribution)[0, 0].exp(), torch.tensor([0.4, 0.1, 0.2, 0.3]))
+    assert torch.allclose(apart.log_probs(distribution, text).exp(), torch.tensor([[0.4, 0.2, 0.4, 0.3]]))
     with pytest.raises(ValueError, match="objective"):
         Objective("words")
+
+
+def test_with_which_word_a_sentence_begins_gets_no_gradient_where_words_are_told_apart():
+    # Vocabulary: 0 announces, 1 is "mm-hm", 3 is silent, 2, 4 and 5 begin sentences; the last was drawn.
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    goal, text = Objective("onsets", apart=(1,)), torch.tensor([[5]])
+
+    def gradient(objective):
+        (found,) = torch.autograd.grad(objective.log_probs(logits.log_softmax(-1)[None, None], text).sum(), logits)
+        return found
+
+    grouped, single = gradient(goal), gradient(Objective("onsets"))
+    probabilities = logits.detach().softmax(-1)
+    shares = grouped[[2, 4, 5]] / probabilities[[2, 4, 5]]
+    assert torch.allclose(shares, shares[0].expand(3), atol=1e-5)  # all by the same factor: their odds stay
+    assert grouped[5] > 0 > grouped[3]
+    assert single[4] < 0 < single[5]
