@@ -2,9 +2,7 @@
 
 from dataclasses import replace
 
-import numpy as np
-
-from envs.episode import Episode, recorded_episode
+from envs.episode import recorded_episode
 from envs.segments import Segment
 from envs.speech import SpeechDetector
 from envs.utterances import MAX_PAUSE_SECONDS, utterances
@@ -58,21 +56,3 @@ def _complete(segment: Segment, detector: SpeechDetector, max_pause: float) -> S
         chosen = (barging or user[-1:])[0]
         found = [chosen.start + shift, chosen.end + shift]
     return replace(segment, events={**segment.events, EVENT_OF_AXIS[segment.axis]: found})
-
-
-def near_event(episode: Episode, frame_rate: float, before: float, after: float) -> np.ndarray:
-    """`(T,)` bool: the frames from `before` seconds before the event of the segment's axis to `after` seconds after it.
-
-    Of several events, the frames around any. All frames where the segment has no event.
-    """
-    count = 0 if episode.text_tokens is None else len(episode.text_tokens)
-    name = EVENT_OF_AXIS[episode.segment.axis]
-    if name == "user_turn_end":
-        moment = episode.event_time(name)
-        spans = [] if moment is None else [(moment, moment)]
-    else:
-        spans = [(event.start, event.end) for event in episode.event_intervals(name) or ()]
-    if not spans:
-        return np.ones(count, dtype=bool)
-    times = np.arange(count) / frame_rate
-    return np.any([(times >= start - before) & (times <= end + after) for start, end in spans], axis=0)

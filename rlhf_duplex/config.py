@@ -42,10 +42,6 @@ class TrainerConfig:
         audio_beta: weight of the squared distance, relative to its size, between what the depth transformer is given
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
-        credit_windows: by axis of segments, `[before, after]`: an episode's advantage counts at the frames from so many
-            seconds before its axis' event to so many after it, and is 0 at the others, which are only held to the
-            reference. Less noise from what had no part in the reward (after DuplexPO, which samples in such windows
-            alone: 1 s before to 2 s after an event). An axis that is not named, or has no event, has all frames.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
         whiten: GDPO's whitening over the batch.
         importance: `truncated` weighs each token by how much likelier it is under the policy as it is trained than it
@@ -73,7 +69,6 @@ class TrainerConfig:
     sentence_kl_beta: float = 0.0
     opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
-    credit_windows: dict[str, list[float]] = field(default_factory=dict)
     advantages: str = "per_axis"
     whiten: bool = False
     importance: str = "none"

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from envs.errors import InputError
-from envs.segments import SEGMENT_AXES
 from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.cluster_config import check_cluster
 
 if TYPE_CHECKING:
-    from rlhf_duplex.config import Config, LoraConfig, TrainerConfig
+    from rlhf_duplex.config import Config, LoraConfig
 
 
 def check_config(config: "Config") -> None:
@@ -86,7 +85,6 @@ def check_config(config: "Config") -> None:
         raise InputError(
             f"trainer.onset_words are of trainer.objective=onsets, found {trainer.objective}: set it, or leave them out"
         )
-    _check_windows(trainer)
     if config.env == "live" and config.train_axes:
         raise InputError("train_axes chooses recorded segments: env=live has none")
     check_lora(config.lora)
@@ -118,22 +116,6 @@ def check_not_negative(values: Mapping[str, float]) -> None:
     for key, value in values.items():
         if not (value >= 0 and math.isfinite(value)):
             raise InputError(f"{key} must be a number of at least 0, found {value}")
-
-
-def _check_windows(trainer: "TrainerConfig") -> None:
-    for axis, window in trainer.credit_windows.items():
-        if axis not in SEGMENT_AXES:
-            raise InputError(
-                f"trainer.credit_windows: '{axis}' is no axis of segments: these are {', '.join(SEGMENT_AXES)}"
-            )
-        if len(window) != 2 or not all(0 <= seconds < math.inf for seconds in window):
-            raise InputError(
-                f"trainer.credit_windows.{axis} must be [seconds before, seconds after], such as [1, 2], found {window}"
-            )
-    if trainer.credit_windows and trainer.algorithm == "ppo":
-        raise InputError(
-            "trainer.credit_windows is of an episode's advantage: with ppo each frame has its own; leave them out"
-        )
 
 
 def check_lora(lora: "LoraConfig") -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from envs.episode import Episode
-from envs.events import near_event
 from rlhf_duplex.algorithms.losses import grpo_loss, masked_mean, truncated_weights
 from rlhf_duplex.algorithms.objectives import Objective
 from rlhf_duplex.algorithms.values import (
@@ -77,17 +76,8 @@ class Batch:
         return replace(self, **tensors)
 
 
-def make_batch(
-    episodes: Sequence[Episode],
-    advantages: torch.Tensor,
-    frame_rate: float,
-    device: torch.device,
-    windows: Mapping[str, Sequence[float]] | None = None,
-) -> Batch:
+def make_batch(episodes: Sequence[Episode], advantages: torch.Tensor, frame_rate: float, device: torch.device) -> Batch:
     """Episodes and their advantages `(B,)` as tensors on a device.
-
-    Args:
-        windows: by axis, the seconds before and after its events outside of which an episode's advantage is 0.
 
     Raises:
         ValueError: an episode without tokens (no policy acted in it).
@@ -105,13 +95,6 @@ def make_batch(
         codes[index, :, :count] = torch.tensor(row)
         log_probs[index, :count] = torch.tensor(episode.log_probs)
         mask[index, :count] = torch.from_numpy(episode.frame_mask(frame_rate))
-    if windows:
-        near = torch.ones(len(rows), frames)
-        for index, (episode, row) in enumerate(zip(episodes, rows, strict=True)):
-            if episode.segment.axis in windows:
-                around = near_event(episode, frame_rate, *windows[episode.segment.axis])
-                near[index, : row.shape[1]] = torch.from_numpy(around)
-        advantages = advantages[:, None] * near
     return Batch(codes.to(device), log_probs.to(device), mask.to(device), advantages.to(device))
 
 

@@ -191,9 +191,7 @@ class Trainer:
         advantages = result.advantages.reshape(-1)
         if trainer.algorithm == "ppo":  # the value function makes advantages of them
             advantages = batch_rewards(rewards, function.weights, self.config.ppo.standardise_rewards)
-        batch = make_batch(
-            found.episodes, advantages, self.cluster.frame_rate, torch.device("cpu"), trainer.credit_windows
-        )
+        batch = make_batch(found.episodes, advantages, self.cluster.frame_rate, torch.device("cpu"))
         if trainer.ahead and self.update + 1 < trainer.updates and not self._pauses(self.update + 1):
             self.begin_rollouts(self.update + 1)
         learning = time.perf_counter()

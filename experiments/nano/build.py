@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from moshi.models.compression import MimiModel
 
 from . import bank, codec, language_model, release, tokenizer, voices
 from .dialogues import NOISE_LEVELS, AgentVoice, Spoken, Track, agent_voice, speak, user_track
@@ -48,18 +49,25 @@ def make_tokenizer(work: Path) -> None:
     tokenizer.train(work / "tokenizer.model")
 
 
-def make_language_model(work: Path, begin: int) -> None:
-    """Encode the training tracks once and train the LM on them, from its stage `begin` on."""
-    train, _, agent = _speech(work)
-    mimi = codec.load(work / "codec.safetensors")
-    users = language_model.encode_users(mimi, _tracks(train))
+def encoded_users(
+    train: list[Spoken], mimi: MimiModel, every: int = 1
+) -> tuple[list[language_model.UserCodes], language_model.Room]:
+    """The codes of the training tracks (of each `every`-th), of users who say nothing, and of the room."""
+    users = language_model.encode_users(mimi, _tracks(train)[::every])
     for user in users:
         user.track.audio = user.track.audio[:0]
     for i in range(len(users) // 20):  # a user who says nothing
         nothing = Track("silent", np.zeros(0, np.float32))
         empty = np.zeros((codec.CODEBOOKS, 0), np.int16)
         users.append(language_model.UserCodes(nothing, empty, bool(i % 2), i % len(NOISE_LEVELS)))
-    room = language_model.encode_room(mimi)
+    return users, language_model.encode_room(mimi)
+
+
+def make_language_model(work: Path, begin: int) -> None:
+    """Encode the training tracks once and train the LM on them, from its stage `begin` on."""
+    train, _, agent = _speech(work)
+    mimi = codec.load(work / "codec.safetensors")
+    users, room = encoded_users(train, mimi)
     codes = language_model.encode_agent(mimi, agent)
     pieces = tokenizer.load(work / "tokenizer.model")
     words = {word for text in agent.audio for word, _, _ in voices.word_times(text, 0.0, 1.0)}

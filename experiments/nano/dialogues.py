@@ -198,12 +198,12 @@ class Looseness:
 
     pause_takeover: float = 0.31
     invite_takeover: float = 0.15
-    invite_backchannel: float = 0.42
+    invite_backchannel: float = 0.2
     stray_backchannel: float = 0.05  # per utterance, anywhere in it
     answer: float = 0.82
     answer_delay: tuple[float, float, float] = (0.15, 2.0, 0.45)  # shortest, and shape and scale of a gamma beyond
     interrupt_answer: float = 0.98
-    interrupt_delay: tuple[float, float, float] = (0.3, 3.0, 0.29)
+    interrupt_delay: tuple[float, float, float] = (0.3, 3.0, 0.36)
     answer_after_takeover: float = 0.5
     yields: float = 0.85
 

@@ -1,11 +1,8 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import soundfile
 
-from envs import EnergyDetector, Episode, InputError, Segment, complete_events
-from envs.events import near_event
+from envs import EnergyDetector, InputError, Segment, complete_events
 
 RATE = 16000
 TOLERANCE = 0.045
@@ -68,19 +65,3 @@ def test_a_segment_without_user_speech_is_refused(segment):
         InputError, match=r"segment 's' of .* holds no user speech on channel 1: is `user_channel` right"
     ):
         completed(segment("turn_taking", [], [(2, 4)]))
-
-
-def test_frames_near_an_event(one_of_each):
-    segment = next(s for s in one_of_each if s.axis == "backchannel")
-    shift = segment.start
-    tokens = np.zeros(100, dtype=np.int64)
-    silence = np.zeros(1, dtype=np.float32)
-
-    def near(**events):
-        of = replace(segment, events=events)
-        return near_event(Episode(of, silence, silence, 8000, [], [], 8.0, text_tokens=tokens), 12.5, 0.4, 0.8)
-
-    two = near(true_backchannels=[[shift + 1.0, shift + 1.5], [shift + 4.0, shift + 4.0]])
-    assert np.flatnonzero(two).tolist() == [*range(8, 29), *range(45, 61)]
-    assert near().all()
-    assert near(true_backchannels=[]).all()

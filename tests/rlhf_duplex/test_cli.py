@@ -125,9 +125,6 @@ def test_bad_audio(tmp_path, capsys):
     ("argument", "message"),
     [
         ("trainer.onset_words=[mm-hm]", "trainer.onset_words are of trainer.objective=onsets, found tokens"),
-        ("trainer.credit_windows={pauses: [1, 2]}", "'pauses' is no axis of segments: these are pause_handling, "),
-        ("trainer.credit_windows={turn_taking: [1]}", "turn_taking must be [seconds before, seconds after], such as"),
-        ("trainer.credit_windows={turn_taking: [1, -2]}", "such as [1, 2], found [1.0, -2.0]"),
         ("trainer.update=3", "unknown configuration key 'trainer.update'"),
         ("nonsense=3", "unknown configuration key 'nonsense'"),
         ("trainer.updates=many", "trainer.updates"),

@@ -75,28 +75,6 @@ def test_saved_episodes_train_without_a_model_run(setting, tmp_path):
     assert torch.equal(ours.log_probs, theirs.log_probs)
 
 
-def test_advantages_count_around_the_event_alone(setting):
-    bundle, policy, _, segments, episodes = setting
-    rate, device = bundle.codec.frame_rate, policy.device
-    windows = {"turn_taking": [0.5, 1.0], "user_interruption": [0.2, 0.4]}
-    advantages = torch.arange(1.0, 9.0)
-    batch = make_batch(episodes, advantages, rate, device, windows)
-    assert batch.advantages.shape == batch.mask.shape
-    for row, (segment, episode) in enumerate(zip(segments, episodes, strict=True)):
-        found = batch.advantages[row, : len(episode.text_tokens)]
-        if segment.axis not in windows:
-            assert (found == advantages[row]).all()
-            continue
-        before, after = windows[segment.axis]
-        event = segment.events["user_turn_end" if segment.axis == "turn_taking" else "interruption"]
-        start, end = (episode.at(moment) for moment in (event if isinstance(event, list | tuple) else (event, event)))
-        times = torch.arange(len(found)) / rate
-        inside = (times >= start - before) & (times <= end + after)
-        assert inside.any()
-        assert not inside.all()
-        assert torch.equal(found, advantages[row] * inside)
-
-
 @pytest.mark.parametrize(
     "options",
     [
