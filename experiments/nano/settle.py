@@ -104,7 +104,7 @@ def utterances_of(episode: Episode) -> list[Said]:
     at = np.nonzero((text != PAD) & (text != EPAD))[0]
     first = [frame for index, frame in enumerate(at) if index == 0 or frame - at[index - 1] > BREAK]
     found = []
-    for begin, following in zip(first, [*first[1:], len(text)], strict=True):
+    for begin, following in zip(first, [*first, len(text)][1:], strict=True):
         heard = [u.end for u in agent_units(episode) if u.start < following * FRAME and u.end > begin * FRAME]
         last = max(frame for frame in at if frame < following) * FRAME + 0.3
         # The last frames lack codes that come later.
