@@ -31,6 +31,11 @@ class Ear:
         self._source = sample_rate
         self._rate, self._window = detector.sample_rate, detector.window
 
+    def __getstate__(self) -> dict[str, object]:
+        # soxr's state cannot be copied: a copy (gymnasium makes one of an environment's arguments) hears from its own
+        # `begin` on.
+        return {name: vars(self)[name] for name in ("_detector", "_source", "_rate", "_window")}
+
     def begin(self, batch: int) -> None:
         """Hear B voices from their beginning."""
         import soxr
