@@ -70,16 +70,17 @@ class SileroDetector:
     probabilities are the same (tested), and so is the rule that turns them into intervals, which is the package's own.
 
     All audio is resampled to the network's rate (feeding 24 kHz audio as if it were 16 kHz is a fault of the official
-    Full-Duplex-Bench scripts). Telephone audio and nano's, at 8 kHz, go through the 16 kHz network, too: it hears the
-    beginnings of utterances that the 8 kHz one is late for (`experiments/nano/README.md`).
+    Full-Duplex-Bench scripts). nano's audio, at 8 kHz, goes through the 16 kHz network, too: it hears the beginnings of
+    utterances that the 8 kHz one is late for (`experiments/nano/README.md`). Recordings that are curated go through the
+    network of their rate (`rlhf_duplex.data.detection`).
 
     Attributes:
-        sample_rate: Hz of the network, 16000 or 8000.
         threshold: speech probability from which a window counts as speech.
         min_speech_seconds: shorter speech is dropped.
         min_silence_seconds: a shorter silence does not end an interval.
         pad_seconds: added on both sides of an interval.
         device: where the network runs.
+        sample_rate: Hz of the network, 16000 or 8000.
     """
 
     threshold: float = 0.5

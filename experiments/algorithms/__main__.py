@@ -29,7 +29,7 @@ METHODS: dict[str, list[str]] = {
     "rloo": ["trainer.algorithm=rloo"],
     "dr_grpo": ["trainer.algorithm=dr_grpo"],
     "clip_higher": ["trainer.clip_high=0.28"],
-    "speaking": ["trainer.objective=speaking"],
+    "speaking": ["trainer.objective=speaking", "trainer.onset_words=[]"],
 }
 
 

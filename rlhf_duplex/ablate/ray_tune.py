@@ -227,7 +227,7 @@ def _tune(
     started = not ray.is_initialized()
     if started:
         local = {"num_cpus": max(1, round(workers * config.cpus)), "object_store_memory": 100 * 2**20}
-        options = {"address": config.address} if config.address else {"include_dashboard": False, **local}
+        options = {"address": config.address} if config.address else {"address": "local", "include_dashboard": False, **local}
         ray.init(log_to_driver=False, logging_level="error", **options)
     try:
         # What Tune itself writes is not needed: the ablation's folder has all.

@@ -66,7 +66,8 @@ def connect(config: Config, processes: int) -> bool:
                 store = {"object_store_memory": int(cluster.object_store_gb * 2**30)} if cluster.object_store_gb else {}
                 # More processes than cores is slow, not wrong: Ray is told that there is room.
                 cpus = max(os.cpu_count() or 1, int(-(-processes * cluster.cpus // 1)))
-                ray.init(num_cpus=cpus, include_dashboard=cluster.dashboard, **store, **quiet)
+                # Local, or Ray would join whatever else runs on this machine.
+                ray.init("local", num_cpus=cpus, include_dashboard=cluster.dashboard, **store, **quiet)
                 started = True
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(f"cluster.address '{cluster.address}': Ray cannot be had ({_first(error)})") from error

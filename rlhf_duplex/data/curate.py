@@ -226,8 +226,9 @@ def _detect_with_ray(
 
     started = not ray.is_initialized()
     if started:
-        # Results are paths: the object store needs next to nothing.
+        # Results are paths: the object store needs next to nothing. Local, or Ray would join what runs on this machine.
         ray.init(
+            address="local",
             num_cpus=options.workers,
             include_dashboard=False,
             log_to_driver=False,

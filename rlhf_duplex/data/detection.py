@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from envs.audio import audio_info
 from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval, SileroDetector
@@ -102,7 +103,7 @@ def detect(layout: str, recording: Recording, voice: VoiceActivity, folder: Path
             warnings.append(f"its own speech times are not used: {error}")
     found = speech is not None
     if speech is None:
-        detector = _detector(voice.vad_threshold, voice.vad_min_speech)
+        detector = _detector(voice.vad_threshold, voice.vad_min_speech, _network_rate(recording))
         (first, second), lasts = stream_speech(_sources(recording), detector)
         speech, seconds = (first, second), min(seconds, *lasts)
     last = max(
@@ -116,10 +117,15 @@ def detect(layout: str, recording: Recording, voice: VoiceActivity, folder: Path
     return path, seconds
 
 
-@lru_cache(maxsize=1)
-def _detector(threshold: float, min_speech: float) -> SileroDetector:
+@lru_cache(maxsize=2)
+def _detector(threshold: float, min_speech: float, rate: int) -> SileroDetector:
     """One for all recordings of a process: loading it takes longer than a short recording."""
-    return SileroDetector(threshold=threshold, min_speech_seconds=min_speech)
+    return SileroDetector(threshold=threshold, min_speech_seconds=min_speech, sample_rate=rate)
+
+
+def _network_rate(recording: Recording) -> int:
+    """Telephone recordings are heard with Silero's network for them: in noise, the other loses the ends of utterances."""
+    return 8000 if all(audio_info(path)[0] == 8000 for path in recording.audio_paths) else 16000
 
 
 def _sources(recording: Recording) -> list[tuple[Path, Sequence[int]]]:
