@@ -52,7 +52,11 @@ class Said:
 
 
 class OwnVoice(AgentVoice):
-    """Lines of `Said` utterances: a line's only text is `short` or `a long one`, its variant the utterance's number."""
+    """Lines of `Said` utterances: a line's only text is `short` or `a long one`, its variant the utterance's number.
+
+    A line is one part, and is never cut: the agent of these dialogues does not stop when the user comes in
+    (`Looseness.yields` is without effect).
+    """
 
     def __init__(self, short: list[Said], long: list[Said]) -> None:
         super().__init__({}, 0.0)
