@@ -33,11 +33,15 @@ class TurnTaking(RewardAxis):
         max_pause: the longest silence inside an utterance (paper: 1 s).
         barge_in_seconds: charged for a barge-in on top of its distance (not in the paper): with 0, an agent that begins
             half a second too early fares as one that begins half a second late.
+        prompt_seconds: |d| below this counts as this (not in the paper): with 0, each tenth of a second pays up to the
+            very end of the turn, and the agent comes to begin before it. (People's gaps are about 0.2 s: Stivers et al.
+            2009, PNAS 106.)
     """
 
     takeover_seconds: float = 1.0
     max_pause: float = MAX_PAUSE_SECONDS
     barge_in_seconds: float = 0.0
+    prompt_seconds: float = 0.0
 
     name = "turn_taking"
     applies_to = ("turn_taking",)
@@ -59,7 +63,8 @@ class TurnTaking(RewardAxis):
             "latency": latency,
             "response": [response.start, response.end],
         }
-        return Score(0.0 - abs(latency) - details["barge_in"] * self.barge_in_seconds, details)
+        distance = max(abs(latency), self.prompt_seconds)
+        return Score(0.0 - distance - details["barge_in"] * self.barge_in_seconds, details)
 
     def _turn_end(self, episode: Episode) -> float:
         known = episode.event_time("user_turn_end")

@@ -65,6 +65,14 @@ def test_a_barge_in_may_cost_more_than_its_distance(episode):
     assert [score.value for score in scores] == pytest.approx([-1.0 - 1.5, -1.0])
 
 
+def test_prompt_answers_fare_alike(episode):
+    starts = (9.9, 10.0, 10.1, 10.4, 10.5)
+    axis = TurnTaking(prompt_seconds=0.4, barge_in_seconds=1.0)
+    scores = axis.score([episode("turn_taking", [(start, 12.5)], user_turn_end=10.0) for start in starts])
+    assert [score.value for score in scores] == pytest.approx([-1.4, -0.4, -0.4, -0.4, -0.5])
+    assert scores[2].details["latency"] == pytest.approx(0.1)  # what is measured stays what it is
+
+
 def test_turn_taking_latency_has_a_sign(episode):
     details = score(TurnTaking(), episode("turn_taking", [(9.5, 12.0)], user_turn_end=10.0)).details
     assert details["latency"] == pytest.approx(-0.5)
