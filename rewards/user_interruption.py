@@ -8,7 +8,7 @@ from envs.errors import InputError
 from envs.speech import Interval
 from envs.utterances import MAX_PAUSE_SECONDS, utterances
 from rewards.axis import RewardAxis, Score, register_axis
-from rewards.timing import ROUNDING_SECONDS, agent_units, check_options
+from rewards.timing import ROUNDING_SECONDS, agent_units, check_options, longer
 
 
 @register_axis
@@ -25,19 +25,24 @@ class UserInterruption(RewardAxis):
     - No answer: d = what is left of the episode.
     - The interrupting utterance is the event `interruption`, else the user's last utterance in the scored window.
     - The yield term is not in the paper; it charges an agent that talks on instead of giving way.
+    - Nor is `answer_seconds`. Where any speech is an answer, an "mm-hm" is the quickest one, and one comes after another
+      around the user's end, until one of them follows it.
 
-    Details: `interruption` `[start, end]`, `overlap_seconds` (s); with an answer also `latency` (d, seconds) and
-    `response` `[start, end]`. None where the episode ended before the interruption did.
+    Details: `interruption` `[start, end]`, `overlap_seconds` (s); with an answer also `latency` (d of the paper's
+    answer, seconds) and its `response` `[start, end]`, whatever `answer_seconds`. None where the episode ended before the interruption did.
 
     Attributes:
         yield_weight: reward lost for each second of overlap beyond `yield_seconds` (paper: no such term, 0).
         yield_seconds: how long the agent may take to give way, uncharged.
         max_pause: the longest silence inside an utterance (paper: 1 s).
+        answer_seconds: only an interval longer than this is rewarded as an answer (paper: any, 0); 1 is the length up to
+            which the paper counts speech as a backchannel.
     """
 
     yield_weight: float = 0.0
     yield_seconds: float = 1.0
     max_pause: float = MAX_PAUSE_SECONDS
+    answer_seconds: float = 0.0
 
     name = "user_interruption"
     applies_to = ("user_interruption",)
@@ -53,13 +58,13 @@ class UserInterruption(RewardAxis):
         overlap = sum(interruption.overlap(spoken) for spoken in episode.scored_agent_speech)
         details: dict[str, Any] = {"interruption": list(interruption), "overlap_seconds": overlap}
         earliest = interruption.end - ROUNDING_SECONDS
-        answer = next((unit for unit in agent_units(episode) if unit.start >= earliest), None)
-        latency = left
-        if answer is not None:
-            latency = max(0.0, answer.start - interruption.end)
-            details |= {"latency": latency, "response": list(answer)}
+        after = [unit for unit in agent_units(episode) if unit.start >= earliest]
+        if after:
+            details |= {"latency": max(0.0, after[0].start - interruption.end), "response": list(after[0])}
+        answer = next((unit for unit in after if longer(unit, self.answer_seconds)), None)
+        waited = left if answer is None else max(0.0, answer.start - interruption.end)
         charge = self.yield_weight * max(0.0, overlap - self.yield_seconds)
-        return Score(0.0 - latency - charge, details)
+        return Score(0.0 - waited - charge, details)
 
     def _interruption(self, episode: Episode) -> Interval:
         known = episode.event_intervals("interruption")

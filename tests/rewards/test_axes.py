@@ -159,6 +159,15 @@ def test_not_yielding_costs_from_the_second_second_on(episode, until, charge):
     assert result.value == pytest.approx(-0.4 - charge)
 
 
+def test_an_answer_may_have_to_be_more_than_a_backchannel(episode):
+    spoken = episode("user_interruption", [(12.1, 12.6), (13.0, 15.0)], interruption=[8.0, 12.0])
+    result = score(UserInterruption(answer_seconds=1.0), spoken)
+    assert result.value == pytest.approx(-1.0)
+    assert result.details["response"] == [12.1, 12.6]  # what is measured stays what the paper says
+    never = episode("user_interruption", [(12.1, 13.1)], interruption=[8.0, 12.0])
+    assert score(UserInterruption(answer_seconds=1.0), never).value == pytest.approx(12.0 - never.duration)
+
+
 def test_user_interruption_reads_the_last_user_utterance(episode):
     user = [(3, 5), (8, 10), (10.5, 12)]
     assert score(UserInterruption(), episode("user_interruption", [(12.5, 14)], user)).value == pytest.approx(-0.5)
