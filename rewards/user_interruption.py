@@ -25,18 +25,19 @@ class UserInterruption(RewardAxis):
     - No answer: d = what is left of the episode.
     - The interrupting utterance is the event `interruption`, else the user's last utterance in the scored window.
     - The yield term is not in the paper; it charges an agent that talks on instead of giving way.
-    - Nor is `answer_seconds`. Where any speech is an answer, an "mm-hm" is the quickest one, and one comes after another
-      around the user's end, until one of them follows it.
+    - Nor is `answer_seconds`. Where any speech is an answer, an "mm-hm" is the quickest one: one after another comes
+      around the user's end, until one follows it.
 
-    Details: `interruption` `[start, end]`, `overlap_seconds` (s); with an answer also `latency` (d of the paper's
-    answer, seconds) and its `response` `[start, end]`, whatever `answer_seconds`. None where the episode ended before the interruption did.
+    Details: `interruption` `[start, end]`, `overlap_seconds` (s); with an answer also `latency` (d, seconds) and
+    `response` `[start, end]`, which are those of the paper's answer whatever `answer_seconds`. None where the episode
+    ended before the interruption did.
 
     Attributes:
         yield_weight: reward lost for each second of overlap beyond `yield_seconds` (paper: no such term, 0).
         yield_seconds: how long the agent may take to give way, uncharged.
         max_pause: the longest silence inside an utterance (paper: 1 s).
-        answer_seconds: only an interval longer than this is rewarded as an answer (paper: any, 0); 1 is the length up to
-            which the paper counts speech as a backchannel.
+        answer_seconds: only an interval longer than this is rewarded as an answer (paper: any, 0). Up to 1 s, speech
+            is a backchannel to the paper.
     """
 
     yield_weight: float = 0.0
