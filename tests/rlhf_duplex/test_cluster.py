@@ -214,6 +214,15 @@ def test_killed_and_resumed_it_is_the_same_run_to_the_bit(algorithm, workers, no
         assert all(one[key].equal(other[key]) for key in one), name
 
 
+def test_without_an_address_ray_is_started_though_one_runs_here(nodes):
+    code = (
+        "import ray; from rlhf_duplex.cluster.processes import connect; from rlhf_duplex.config import load_config;"
+        "connect(load_config(None, ['cluster.workers=1']), 2); print('nodes', len(ray.nodes())); ray.shutdown()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.stdout.endswith("nodes 1\n"), process.stderr  # of `nodes` there are three
+
+
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_and_exit_code_0(number, nodes, folder, tmp_path):
     run_dir = tmp_path / "run"
