@@ -226,8 +226,9 @@ def _tune(
 
     started = not ray.is_initialized()
     if started:
-        local = {"num_cpus": max(1, round(workers * config.cpus)), "object_store_memory": 100 * 2**20}
-        options = {"address": config.address} if config.address else {"address": "local", "include_dashboard": False, **local}
+        cpus = max(1, round(workers * config.cpus))
+        local = {"address": "local", "num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+        options = {"address": config.address} if config.address else local
         ray.init(log_to_driver=False, logging_level="error", **options)
     try:
         # What Tune itself writes is not needed: the ablation's folder has all.

@@ -124,7 +124,7 @@ def _detector(threshold: float, min_speech: float, rate: int) -> SileroDetector:
 
 
 def _network_rate(recording: Recording) -> int:
-    """Telephone recordings are heard with Silero's network for them: in noise, the other loses the ends of utterances."""
+    """Of Silero's network: telephone recordings have their own; in noise, the other loses the ends of utterances."""
     return 8000 if all(audio_info(path)[0] == 8000 for path in recording.audio_paths) else 16000
 
 
