@@ -42,9 +42,9 @@ def leave_one_axis_out(base: Config) -> Rows:
     """The ablations of arXiv 2606.11167 (its table for Moshi, Fisher): one thing missing at a time.
 
     Without an axis, neither its segments nor its reward are trained on; the others keep the groups that they have
-    (`trainer.groups` is lowered), or they would be trained on more as well. The axis is measured all the same. Without the
-    judge, judged axes have weight 0. Without the schedule, context has its full length from the first update on; without
-    context there is none.
+    (`trainer.groups` is lowered), or they would be trained on more as well. The axis is measured all the same. Without
+    the judge, judged axes have weight 0. Without the schedule, context has its full length from the first update on;
+    without context there is none.
     """
     rows, skipped = [Condition("full", {})], []
     trained = trained_axes(base)
