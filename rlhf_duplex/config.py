@@ -43,6 +43,8 @@ class TrainerConfig:
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
+        advantage_eps: added to the standard deviation that a group's rewards are divided by. 1e-4 (GDPO) makes a group
+            whose answers differ by hundredths of a second count as much as one with a barge-in; 0.3 does not.
         whiten: GDPO's whitening over the batch.
         importance: `truncated` weighs each token by how much likelier it is under the policy as it is trained than it
             was when it was drawn (streaming, in another number type), at most `importance_cap` times; `none` does not.
@@ -70,6 +72,7 @@ class TrainerConfig:
     opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
     advantages: str = "per_axis"
+    advantage_eps: float = 1e-4
     whiten: bool = False
     importance: str = "none"
     importance_cap: float = 2.0

@@ -187,7 +187,9 @@ class Trainer:
             for axis, values in function.values(found.scores).items()
         }
         baseline = {"rloo": "leave_one_out", "dr_grpo": "mean"}.get(trainer.algorithm, "standardised")
-        result = combine_advantages(rewards, function.weights, trainer.advantages, trainer.whiten, baseline=baseline)
+        result = combine_advantages(
+            rewards, function.weights, trainer.advantages, trainer.whiten, trainer.advantage_eps, baseline=baseline
+        )
         advantages = result.advantages.reshape(-1)
         if trainer.algorithm == "ppo":  # the value function makes advantages of them
             advantages = batch_rewards(rewards, function.weights, self.config.ppo.standardise_rewards)

@@ -164,7 +164,7 @@ def combine_advantages(
     advantages = torch.stack(list(contributions.values())).sum(0)
     if whiten:
         judged = torch.stack([~values.isnan() for values in table.values()]).any(0)
-        advantages = whitened(advantages, judged, eps)
+        advantages = whitened(advantages, judged)
     return AdvantageResult(advantages.float(), **_statistics(table, contributions, unbiased))
 
 
