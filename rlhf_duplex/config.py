@@ -43,8 +43,6 @@ class TrainerConfig:
             and what the reference gives it. The loss is about the text stream alone; without this the voice, which
             reads the same features, drifts with it, and the words after the voice.
         advantages: `per_axis` (standardise each axis over the group, then add) or `weighted_sum`.
-        advantage_eps: added to the standard deviation that a group's rewards are divided by. 1e-4 (GDPO) makes a group
-            whose answers differ by hundredths of a second count as much as one with a barge-in; 0.3 does not.
         whiten: GDPO's whitening over the batch.
         importance: `truncated` weighs each token by how much likelier it is under the policy as it is trained than it
             was when it was drawn (streaming, in another number type), at most `importance_cap` times; `none` does not.
@@ -72,7 +70,6 @@ class TrainerConfig:
     opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
     advantages: str = "per_axis"
-    advantage_eps: float = 1e-4
     whiten: bool = False
     importance: str = "none"
     importance_cap: float = 2.0
@@ -188,7 +185,8 @@ class EvaluationConfig:
             0 never. The figures are in metrics.jsonl under `evaluation/`, and a file each in the run folder.
         every_limit: segments of each axis that are played during training.
         before: `evaluation/before.json` of another run of the same policy on the same segments, taken (with the
-            episodes beside it) instead of playing them again; None plays them.
+            episodes beside it) instead of playing them again; None plays them. A reward that it measured with other
+            options of the axis is shown, but not compared.
     """
 
     segments: str | None = None
@@ -273,7 +271,7 @@ class Config:
         device: `cpu`, `cuda`, `cuda:1`...; dtype: of the policy's weights.
         env: what RL trains in: `replay` (recorded users) or `live` (users that react, who speak with the utterances of
             the training segments). The evaluation before and after is on recorded users either way.
-        rewards: by axis, `weight`, `target` and the axis' own options.
+        rewards: by axis, `weight`, `target`, `advantage_eps` (`rewards.aggregate.RewardSpec`), and its own options.
         dry_run: what `train --dry-run` reckons with.
         trackers: mirrors of metrics.jsonl: `tensorboard`, `wandb`.
         codes_cache: folder where the codes of users' audio are kept for later runs (`rlhf_duplex.data.codes`); `auto`

@@ -26,7 +26,6 @@ def check_config(config: "Config") -> None:
         "trainer.importance_cap": trainer.importance_cap,
         "trainer.passes": trainer.passes,
         "trainer.onset_frames": trainer.onset_frames,
-        "trainer.advantage_eps": trainer.advantage_eps,
         "checkpointing.every": config.checkpointing.every,
         "checkpointing.keep": config.checkpointing.keep,
         "evaluation.samples": config.evaluation.samples,

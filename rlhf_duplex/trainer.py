@@ -25,7 +25,7 @@ from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
 from rlhf_duplex.cluster.roles import Played, Scores, make_units
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.during import record_during
-from rlhf_duplex.evaluation.metrics import format_table, read_results, segment_values
+from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options, segment_values
 from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
 from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs
 from rlhf_duplex.learner import make_batch
@@ -94,6 +94,7 @@ class Trainer:
             "update": self.update,
             "lead_in_seconds": config.context.lead_in,
             "on_training_segments": inputs.held_out_is_training,
+            "rewards": reward_options(config.rewards),
         }
         samples = config.evaluation.samples
         frames = sum(s.duration + config.context.lead_in for s in inputs.held_out) * samples * self.cluster.frame_rate
@@ -188,7 +189,7 @@ class Trainer:
         }
         baseline = {"rloo": "leave_one_out", "dr_grpo": "mean"}.get(trainer.algorithm, "standardised")
         result = combine_advantages(
-            rewards, function.weights, trainer.advantages, trainer.whiten, trainer.advantage_eps, baseline=baseline
+            rewards, function.weights, trainer.advantages, trainer.whiten, function.advantage_eps, baseline=baseline
         )
         advantages = result.advantages.reshape(-1)
         if trainer.algorithm == "ppo":  # the value function makes advantages of them

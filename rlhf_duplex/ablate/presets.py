@@ -41,25 +41,23 @@ def preset_conditions(preset: Any, base: Config) -> Rows:
 def leave_one_axis_out(base: Config) -> Rows:
     """The ablations of arXiv 2606.11167 (its table for Moshi, Fisher): one thing missing at a time.
 
-    Without an axis, neither its segments nor its reward are trained on; the others keep the groups that they have
-    (`trainer.groups` is lowered), or they would be trained on more as well. The axis is measured all the same. Without
-    the judge, judged axes have weight 0. Without the schedule, context has its full length from the first update on;
-    without context there is none.
+    Without an axis, neither its segments nor its reward are trained on, and its groups go to the others:
+    `trainer.groups` stays (the paper gives one number of groups for all, 32). The axis is measured all the same.
+    Without the judge, judged axes have weight 0. Without the schedule, context has its full length from the first
+    update on; without context there is none.
     """
     rows, skipped = [Condition("full", {})], []
     trained = trained_axes(base)
     for axis in SEGMENT_AXES:
         name = f"without {SHORT.get(axis, axis)}"
-        drawn = base.train_axes or trained
-        others = [other for other in drawn if other in trained and other != axis]
+        others = [other for other in base.train_axes or trained if other in trained and other != axis]
         if axis not in trained:
             skipped.append(Skipped(name, f"the base does not train on {axis}"))
         elif not others:
             skipped.append(Skipped(name, f"the base trains on nothing but {axis}"))
         else:
             weight = {f"rewards.{axis}.weight": 0.0} if axis in base.rewards else {}
-            groups = max(1, round(base.trainer.groups * len(others) / len(drawn)))
-            rows.append(Condition(name, {"train_axes": others, "trainer.groups": groups, **weight}))
+            rows.append(Condition(name, {"train_axes": others, **weight}))
     judged = [axis for axis in judged_axes(base) if base.rewards[axis].get("weight", 1.0)]
     if judged:
         rows.append(Condition("without judge", {f"rewards.{axis}.weight": 0.0 for axis in judged}))

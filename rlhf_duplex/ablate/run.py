@@ -33,7 +33,7 @@ from rlhf_duplex.ablate.trial import (
 )
 from rlhf_duplex.config import Config
 from rlhf_duplex.config_files import to_yaml
-from rlhf_duplex.evaluation.metrics import read_results
+from rlhf_duplex.evaluation.metrics import read_results, reward_options
 
 DECIDE_BEFORE = ("checkpoint", "dtype", "device", "segments", "sampling", "detector", "lora", "prompt", "evaluation")
 
@@ -276,7 +276,7 @@ def before_key(config: Config) -> str:
     """A name for all that decides the evaluation before training: weights of rewards and the seed do not."""
     whole = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     assert isinstance(whole, dict)
-    rewards = {a: {k: v for k, v in o.items() if k != "weight"} for a, o in whole["rewards"].items()}
+    rewards = reward_options(whole["rewards"])
     parts = {key: whole[key] for key in DECIDE_BEFORE} | {"lead_in": whole["context"]["lead_in"], "rewards": rewards}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -129,7 +129,7 @@ def combine_advantages(
     weights: Mapping[str, float],
     method: str = "per_axis",
     whiten: bool = False,
-    eps: float = EPSILON,
+    eps: Mapping[str, float] | None = None,
     unbiased: bool = False,
     baseline: str = "standardised",
 ) -> AdvantageResult:
@@ -143,7 +143,8 @@ def combine_advantages(
             `r = sum_k w_k r_k`, then standardises r over the group (plain GRPO: the axis with the widest spread
             decides). There too a missing score counts as its axis' mean in the group, so that it moves nothing.
         whiten: apply `whitened` to the sum (GDPO's last step; arXiv 2606.11167 does not mention it).
-        eps, unbiased, baseline: as in `standardise`.
+        eps: by axis, as in `standardise`; 1e-4 for those that are not named, and for the sum of `weighted_sum`.
+        unbiased, baseline: as in `standardise`.
 
     Raises:
         ValueError: no axis, another method or baseline, shapes that differ, an axis without a weight.
@@ -160,7 +161,7 @@ def combine_advantages(
     missing = [name for name in table if name not in weights]
     if missing:
         raise ValueError(f"no weight for axis '{missing[0]}'")
-    contributions = _contributions(table, weights, method, eps, unbiased, baseline)
+    contributions = _contributions(table, weights, method, eps or {}, unbiased, baseline)
     advantages = torch.stack(list(contributions.values())).sum(0)
     if whiten:
         judged = torch.stack([~values.isnan() for values in table.values()]).any(0)
@@ -172,14 +173,14 @@ def _contributions(
     table: dict[str, torch.Tensor],
     weights: Mapping[str, float],
     method: str,
-    eps: float,
+    eps: Mapping[str, float],
     unbiased: bool,
     baseline: str,
 ) -> dict[str, torch.Tensor]:
     """By axis, its part `(groups, G)` of the advantages; they add up to the advantages."""
     if method == "per_axis":
         return {
-            name: weights[name] * standardise(values, eps, unbiased, baseline)[0].double()
+            name: weights[name] * standardise(values, eps.get(name, EPSILON), unbiased, baseline)[0].double()
             for name, values in table.items()
         }
     parts = {}
@@ -189,7 +190,7 @@ def _contributions(
     judged = torch.stack([~values.isnan() for values in table.values()]).any(0)
     total = torch.where(judged, torch.stack(list(parts.values())).sum(0), torch.nan)
     present, _, std = _moments(total, unbiased)
-    scale = torch.where(_all_equal(total).unsqueeze(-1), 0.0, _scale(present, std, eps, baseline))
+    scale = torch.where(_all_equal(total).unsqueeze(-1), 0.0, _scale(present, std, EPSILON, baseline))
     return {name: part * scale for name, part in parts.items()}
 
 

@@ -19,6 +19,7 @@ from envs.files import write_text
 from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from envs.utterances import utterances
+from rewards.aggregate import RewardSpec
 from rewards.axis import Score
 from rewards.backchannel import Backchannel
 from rewards.timing import ROUNDING_SECONDS, agent_units, longer
@@ -237,9 +238,28 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> Estimate | None:
-    """The paired difference of a metric between two results, or None where they share no segment."""
+    """The paired difference of a metric between two results, or None where they share no segment.
+
+    None, too, for the reward of an axis that the two measured with other options.
+    """
+    if metric == "reward" and axis in other_options(before, after):
+        return None
     tables = [result.get("segments", {}).get(axis, {}).get(metric, {}) for result in (before, after)]
     return paired_difference(*tables)
+
+
+def other_options(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The axes that two results measured with other options of the reward (`reward_options`), where both say which."""
+    mine, theirs = before.get("rewards"), after.get("rewards")
+    if mine is None or theirs is None:
+        return []
+    return sorted(axis for axis in {*mine, *theirs} if mine.get(axis) != theirs.get(axis))
+
+
+def reward_options(rewards: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What decides the value of each reward, as results keep it: no weights, nor what advantages are made with."""
+    specs = {axis: RewardSpec.from_config(options) for axis, options in rewards.items()}
+    return {axis: {"target": spec.target, **spec.options} for axis, spec in specs.items()}
 
 
 def verdict(axis: str, metric: str, difference: Estimate | None) -> str:

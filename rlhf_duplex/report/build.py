@@ -15,7 +15,7 @@ from envs.episode import Episode
 from envs.errors import InputError
 from envs.files import write_text
 from envs.segments import SEGMENT_AXES
-from rlhf_duplex.evaluation.metrics import change, direction, read_results, verdict
+from rlhf_duplex.evaluation.metrics import change, direction, other_options, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
 from rlhf_duplex.report.distributions import distribution_charts, during_charts
 from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered
@@ -186,6 +186,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     before, after = results["before"], results["after"]
     if before and after and before.get("lead_in_seconds") != after.get("lead_in_seconds"):
         notes.append("Before and after were measured with different lead-ins, which alone moves these figures.")
+    other = other_options(before, after) if before and after else []
+    if other:
+        names = ", ".join(axis_title(axis).lower() for axis in other)
+        notes.append(f"Before and after scored the reward of {names} with other options: those are not compared.")
     return notes
 
 

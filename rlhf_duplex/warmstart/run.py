@@ -21,7 +21,7 @@ from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.data.pair import Pair, read_pairs, stream_format
-from rlhf_duplex.evaluation.metrics import format_table, read_results
+from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options
 from rlhf_duplex.evaluation.suite import evaluate_policy
 from rlhf_duplex.inputs import NANO_DATA, check_machine, first_of_each, load_segments
 from rlhf_duplex.learner import NonFiniteError
@@ -72,6 +72,7 @@ class Suite:
             "update": step,
             "lead_in_seconds": evaluation.lead_in,
             "on_training_segments": False,
+            "rewards": reward_options(config.rewards),
         }
         with progress(console, f"evaluation {name}", frames) as advance:
             return evaluate_policy(

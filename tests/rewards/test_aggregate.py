@@ -25,9 +25,11 @@ def test_the_sum_leaves_out_axes_without_a_score(episode):
 
 
 def test_a_spec_reads_options_beside_weight_and_target():
-    spec = RewardSpec.from_config({"weight": 0.5, "yield_weight": 1.0})
-    assert spec == RewardSpec(0.5, None, {"yield_weight": 1.0})
-    assert RewardFunction({"user_interruption": spec}).axes["user_interruption"].yield_weight == 1.0
+    spec = RewardSpec.from_config({"weight": 0.5, "yield_weight": 1.0, "advantage_eps": 0.3})
+    assert spec == RewardSpec(0.5, None, {"yield_weight": 1.0}, 0.3)
+    function = RewardFunction({"user_interruption": spec, "turn_taking": RewardSpec()})
+    assert function.axes["user_interruption"].yield_weight == 1.0
+    assert function.advantage_eps == {"user_interruption": 0.3, "turn_taking": 1e-4}
     assert RewardSpec.from_config(None) == RewardSpec()
 
 
@@ -39,3 +41,6 @@ def test_wrong_configurations():
     for weight in ("much", math.nan, True):
         with pytest.raises(InputError, match="'backchannel': `weight` must be a finite number"):
             RewardFunction({"backchannel": RewardSpec(weight)})
+    for eps in (0, "little", math.inf):
+        with pytest.raises(InputError, match="'backchannel': `advantage_eps` must be a positive number"):
+            RewardFunction({"backchannel": RewardSpec(advantage_eps=eps)})

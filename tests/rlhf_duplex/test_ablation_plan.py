@@ -71,7 +71,6 @@ def test_leave_one_out_leaves_out_what_the_base_does_not_have():
     base = load_config(ROOT / "configs" / "quickstart.yaml").train_axes
     assert rows[1].overrides == {
         "train_axes": [axis for axis in base if axis != "pause_handling"],
-        "trainer.groups": 8 - base.count("pause_handling"),  # the other axes keep theirs
         "rewards.pause_handling.weight": 0.0,
     }
     assert [row.name for row in skipped] == ["without judge", "without schedule", "without context"]

@@ -129,6 +129,6 @@ def test_a_large_eps_lets_small_differences_count_for_little():
     hundredths = torch.tensor([[-0.40, -0.40, -0.40, -0.44], [-0.40, -0.40, -0.40, -4.40]])
     alike = combine_advantages({"turn": hundredths}, {"turn": 1.0}).advantages
     assert torch.allclose(alike[0], alike[1], atol=0.02)
-    apart = combine_advantages({"turn": hundredths}, {"turn": 1.0}, eps=0.3).advantages
+    apart = combine_advantages({"turn": hundredths}, {"turn": 1.0}, eps={"turn": 0.3}).advantages
     assert apart[0, -1] == pytest.approx(-0.03 / (0.0003**0.5 + 0.3), rel=1e-4)
     assert apart[1, -1] == pytest.approx(-3.0 / (3.0**0.5 + 0.3), rel=1e-4)

@@ -18,7 +18,7 @@ from envs.errors import InputError
 from envs.segments import Segment
 from envs.speech import Interval
 from rewards import Backchannel, PauseHandling, TurnTaking, UserInterruption
-from rlhf_duplex.evaluation.metrics import segment_values, write_results
+from rlhf_duplex.evaluation.metrics import change, read_results, segment_values, write_results
 from rlhf_duplex.evaluation.suite import save_examples
 from rlhf_duplex.report.build import build_report, median_segments
 from rlhf_duplex.report.charts import line_chart, nice_ticks, trailing_mean
@@ -276,6 +276,21 @@ def test_figures_on_training_segments_are_marked(tmp_path):
     assert "measured on the training segments" in text
     assert "different lead-ins" in text
     assert "too few segments to tell on pause handling" in text
+
+
+def test_rewards_with_other_options_are_not_compared(tmp_path):
+    folder = make_run(tmp_path / "run", updates=1)
+    options = {"pause_handling": {}, "turn_taking": {}, "backchannel": {}, "user_interruption": {}}
+    for stage, turn in (("before", {}), ("after", {"prompt_seconds": 0.4})):
+        path = folder / "evaluation" / f"{stage}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rewards": options | {"turn_taking": turn}}))
+    before, after = (read_results(folder / "evaluation" / f"{stage}.json") for stage in ("before", "after"))
+    assert change(before, after, "turn_taking", "reward") is None
+    assert change(before, after, "turn_taking", "latency") is not None
+    assert change(before, after, "pause_handling", "reward") is not None
+    text = "".join(Page(build_report(folder).read_text()).text)
+    assert "scored the reward of turn-taking with other options" in text
+    assert "not comparable on turn-taking" in text
 
 
 def test_median_segments():
