@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class RewardSpec:
         for key in options:
             if not isinstance(key, str) or key == "name":
                 raise InputError(f"a reward axis has no option {key!r}: its name is the key that it stands under")
-        weight, target, eps = (options.pop(f.name, f.default) for f in fields(cls) if f.name != "options")
-        return cls(weight, target, options, eps)
+        own = {key: options.pop(key) for key in ("weight", "target", "advantage_eps") if key in options}
+        return cls(options=options, **own)
 
 
 class EarlyScores:
