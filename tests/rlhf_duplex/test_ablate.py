@@ -63,7 +63,7 @@ def write_base(folder: Path, one_of_each) -> Path:
         f"checkpoint: nano\nsegments: {folder}/segments.jsonl\nevaluation: {{segments: {folder}/segments.jsonl}}\n"
         "trainer: {updates: 2, groups: 2, group_size: 2, minibatch: 4}\ncontext: {probability: 0.0, lead_in: 0.4}\n"
         "checkpointing: {every: 1}\n"
-        f"rewards: {{pause_handling: {{}}, turn_taking: {{}}, trouble: {{weight: 0, target: {folder}/trouble.py}}}}\n"
+        f"rewards: {{pause_handling: {{}}, turn_taking: {{}}, trouble: {{weight: 0, kind: none, target: {folder}/trouble.py}}}}\n"
     )
     return path
 
