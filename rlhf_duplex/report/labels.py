@@ -18,6 +18,8 @@ AXIS_TITLES: dict[str, str] = {
     "backchannel": "Backchannel",
     "user_interruption": "User interruption",
     "content": "Content",
+    "overlap": "Overlap",
+    "repetition": "Repetition",
     "words": "Words",
     "pause_handling_candor": "Pause handling, Candor",
     "pause_handling_synthetic": "Pause handling, synthetic",

@@ -95,6 +95,7 @@ def make_run(folder, segments_per_axis=6, updates=30, after=True):
         for axis in AGENT:
             line |= {f"reward/{axis}": -1 + 0.02 * update + rng.normal(0, 0.1), f"frac_zero_std/{axis}": rng.random()}
         line |= {"time/rollout": 3.0, "time/score": 0.2, "time/update": 1.4, "time/total": 4.6}
+        line |= {"time/utilisation_learner": 0.3}
         lines.append(json.dumps(line) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
     for which, stage in enumerate(("before", "after")[: 1 + after]):
@@ -147,6 +148,15 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
+def test_times_are_in_one_chart_and_shares_of_time_in_another(page):
+    _, _, rest = page.partition("Time of an update, seconds")
+    times, _, busy = rest.partition("Busy during an update, share of its time")
+    assert ">rollout<" in times
+    assert ">total<" not in times
+    assert "learner" not in times
+    assert "learner" in busy
+
+
 def test_page_is_whole_and_needs_nothing_from_elsewhere(page):
     parsed = Page(page)
     assert "http://" not in page
@@ -189,8 +199,8 @@ def test_tables_and_figures_are_labelled(page):
     assert all("scope" in attributes for tag, attributes in parsed.tags if tag == "th")
     drawings = [a for tag, a in parsed.tags if tag == "svg"]
     assert all({"aria-labelledby", "aria-label", "aria-hidden"} & set(a) for a in drawings)
-    # Rewards, learning, shares and times, and two distributions of latency.
-    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 2 + 2
+    # Rewards, learning, groups that teach nothing, times and shares of them, and two distributions of latency.
+    assert sum(a.get("class") == "chart" for a in drawings) == 5 + 6 + 3 + 2
 
 
 def test_players_hold_the_dialogue(page):
