@@ -42,8 +42,8 @@ def sign(value: float) -> str:
 def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A result with the paper's measures: the judge's scores of interruptions alone, and 0 s for a barge-in.
 
-    Raises:
-        InputError: segments were drawn several times: their mean latency does not say which draws were barge-ins.
+    A segment drawn several times has the mean over the draws in which it was taken: its mean latency over those
+    without a barge-in, and 0 s for each of the others.
     """
     if result is None:
         return None
@@ -54,14 +54,10 @@ def as_the_paper_measures(result: Mapping[str, Any] | None) -> Mapping[str, Any]
         segments["content"] = {"reward": scores}
     if "turn_taking" in segments:
         turns = segments["turn_taking"]
-        rates = turns.get("barge_in_rate", {})
-        several = next((rate for rate in rates.values() if rate not in (0, 1)), None)
-        if several is not None:
-            raise InputError(
-                f"a segment's barge_in_rate is {several:g}, of several draws: evaluation.samples must be 1"
-            )
-        early = {name: 0.0 for name, rate in rates.items() if rate}
-        segments["turn_taking"] = turns | {"latency": turns.get("latency", {}) | early}
+        early, taken, latency = (turns.get(name, {}) for name in ("barge_in_rate", "takeover_rate", "latency"))
+        ours = {name: min(taken[name], 1 - rate) for name, rate in early.items()}  # answered, and not before the end
+        means = {n: latency.get(n, 0.0) * ours[n] / (ours[n] + rate) for n, rate in early.items() if ours[n] + rate}
+        segments["turn_taking"] = turns | {"latency": latency | means}
     return {**result, "segments": segments}
 
 

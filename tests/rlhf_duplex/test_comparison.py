@@ -212,14 +212,17 @@ def test_signs_against_the_papers(tmp_path):
 def test_the_papers_measures():
     from experiments.ablations.signs import as_the_paper_measures
 
-    turns = {"barge_in_rate": {"a": 1.0, "b": 0.0, "c": 0.0}, "latency": {"a": 0.7, "b": 0.5}}
+    turns = {
+        "barge_in_rate": {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.25, "e": 0.5},
+        "takeover_rate": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.75, "e": 0.25},
+        "latency": {"a": 0.7, "b": 0.5, "d": 0.4, "e": 0.6},
+    }
     content = {"reward": {"x": 2.0, "a": 1.0}}
     segments = {"turn_taking": turns, "content": content, "user_interruption": {"reward": {"x": -1.0}}}
     found = as_the_paper_measures({"segments": segments})
-    assert found["segments"]["turn_taking"]["latency"] == {"a": 0.0, "b": 0.5}  # c was not answered
+    latency = found["segments"]["turn_taking"]["latency"]
+    assert latency == pytest.approx({"a": 0.0, "b": 0.5, "d": 0.3, "e": 0.2})  # c was not answered
     assert found["segments"]["content"]["reward"] == {"x": 2.0}  # a is a turn
     assert turns["latency"]["a"] == 0.7
     assert as_the_paper_measures({"segments": {}}) == {"segments": {}}
     assert as_the_paper_measures(None) is None
-    with pytest.raises(InputError, match=r"evaluation\.samples must be 1"):
-        as_the_paper_measures({"segments": {"turn_taking": {"barge_in_rate": {"a": 0.5}}}})
