@@ -49,7 +49,7 @@ def _complete(segment: Segment, detector: SpeechDetector, max_pause: float) -> S
     elif segment.axis == "turn_taking":
         found = user[0].end + shift
     elif segment.axis == "backchannel":
-        short = [u for u in agent if u.duration <= BACKCHANNEL_SECONDS]
+        short = [u for u in agent if u.duration <= BACKCHANNEL_SECONDS + 1e-6]
         found = [[u.start + shift, u.end + shift] for u in short]
     else:
         barging = [u for u in user[1:] if any(a.start < u.start < a.end for a in agent)]

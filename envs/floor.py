@@ -21,7 +21,8 @@ class Floor:
     """What happened between user and agent in one dialogue.
 
     Attributes:
-        turns: turns of the user that ended while there was time for an answer.
+        user_turns: turns of the user.
+        turns: those of them that ended while there was time for an answer.
         offsets: of the answered ones, the floor-transfer offset in seconds.
         waits: seconds that the user waited after each turn, answered or not; 0 where the answer began before its end.
             Speech that runs on from before the turn is no answer.
@@ -31,6 +32,7 @@ class Floor:
         backchannels: of the agent, while the user has the floor.
     """
 
+    user_turns: int = 0
     turns: int = 0
     offsets: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -42,15 +44,21 @@ class Floor:
 
     @property
     def seconds_lost(self) -> float | None:
-        """Seconds a turn that the user waits or is talked over; None in a dialogue without a turn of the user."""
-        return (sum(self.waits) + self.overlap) / self.turns if self.turns else None
+        """Seconds a turn that the user waits or is talked over; None in a dialogue without a turn of the user.
+
+        Waits are of the turns that could be answered, overlap is of all.
+        """
+        if not self.user_turns:
+            return None
+        return sum(self.waits) / max(1, self.turns) + self.overlap / self.user_turns
 
     def metrics(self) -> dict[str, float]:
         """The figures of one dialogue; what it does not have (a gap where nothing was answered) is absent."""
         found: dict[str, float] = {}
         if self.turns:
             found["answer_rate"] = len(self.offsets) / self.turns
-            found["barge_in_rate"] = self.barge_ins / self.turns
+        if self.user_turns:
+            found["barge_in_rate"] = self.barge_ins / self.user_turns
             found["seconds_lost"] = float(self.seconds_lost or 0.0)
         gaps = [offset for offset in self.offsets if offset >= 0]
         if gaps:
@@ -78,7 +86,7 @@ def analyse_floor(user: Sequence[Interval], agent: Sequence[Interval], start: fl
     ends = [turn.end for turn in user_turns]
     spoken = [part for whole in utterances(agent) for part in _apart(whole, ends)]
     agent_turns = [turn for turn in spoken if _is_turn(turn)]
-    floor = Floor(user_seconds=sum(interval.duration for interval in user))
+    floor = Floor(len(user_turns), user_seconds=sum(interval.duration for interval in user))
     units = [unit for turn in agent_turns for unit in turn.units]
     floor.overlap = sum(unit.overlap(interval) for unit in units for interval in user)
     for turn in agent_turns:

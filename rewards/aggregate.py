@@ -129,6 +129,21 @@ class RewardFunction:
         """The weighted sum over the axes that gave a score (0 where none did)."""
         return sum((self.weights[name] * score.value for name, score in scores.items() if score is not None), 0.0)
 
+    def mean_total(self, episodes: Sequence[Episode], scores: Sequence[Mapping[str, Score | None]]) -> float:
+        """The mean of `total` over B episodes; where an axis could not judge one, it has the mean of its like.
+
+        Its like are the episodes of the same segment axis that it did score. So a judge that is away for a while moves
+        nothing, where in `total` it would be a score of 0. An axis without any score of a segment axis does not apply.
+        """
+        values, kinds = self.values(scores), np.array([episode.segment.axis for episode in episodes])
+        sums = 0.0
+        for name, column in values.items():
+            for kind in np.unique(kinds):
+                scored = column[kinds == kind]
+                if not np.isnan(scored).all():
+                    sums += self.weights[name] * float(np.nanmean(scored)) * len(scored)
+        return sums / len(scores) if scores else 0.0
+
     def values(self, scores: Sequence[Mapping[str, Score | None]]) -> dict[str, np.ndarray]:
         """The values alone, `(B,)` float64 for each axis, NaN where there is no score.
 

@@ -50,7 +50,8 @@ class TrainerConfig:
             more time.
         ahead: roll out the next update's episodes while this one is learned from (they are then one update old, and
             `importance` is `truncated` whatever it says; needs workers of their own). The update after a checkpoint has
-            fresh episodes, so that a resumed run is the same run.
+            fresh episodes, so that a resumed run is the same run. (Not where a signal stopped it between two
+            scheduled checkpoints: the update after that one has newer episodes than it would have had.)
     """
 
     algorithm: str = "grpo"
@@ -99,7 +100,7 @@ class PpoConfig:
 class OptimiserConfig:
     """AdamW [2e-7, betas 0.9 and 0.95, weight decay 0.1, clip norm 2, cosine].
 
-    `schedule`: `cosine` (to `final_share` of the rate at the last update) or `constant`, after `warmup_updates` in
+    `schedule`: `cosine` (to `final_share` of the rate after the last update) or `constant`, after `warmup_updates` in
     which the rate rises linearly (Adam's first steps have the full size whatever the gradient).
     """
 

@@ -37,11 +37,9 @@ class Critic:
         """Outputs `(..., D)` of the temporal transformer to values `(...)`."""
         return self.head(hidden.detach().float())[..., 0]
 
-    def step(self, clip_norm: float) -> float:
-        """An optimiser step with the gradients that the head has; gives their norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip_norm)
-        self.optimiser.step()
-        return float(norm)
+    def clip(self, clip_norm: float) -> float:
+        """Clip the gradients that the head has; gives their norm."""
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip_norm))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights (`head/NAME`) and optimiser as named tensors."""

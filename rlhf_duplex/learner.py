@@ -295,16 +295,20 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip_norm)
         norm = self.parallel.whole({"norm": norm}, everywhere=True)["norm"]
         values = {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
-        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if self.critic is not None:
+            values["value_grad_norm"] = self.critic.clip(self.config.clip_norm)
+        checked = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in values]
+        wrong = [name for name in checked if not math.isfinite(values[name])]
         if wrong:
             raise NonFiniteError(
                 f"{wrong[0]} is {values[wrong[0]]} in update {update}: nothing of this update is saved; "
-                "lower optimiser.learning_rate, or look at the episodes of the last checkpoint"
+                f"lower {'ppo.value_' if wrong[0].startswith('value') else 'optimiser.'}"
+                "learning_rate, or look at the episodes of the last checkpoint"
             )
         self.optimiser.step()
         self._to_policy()
         if self.critic is not None:
-            values["value_grad_norm"] = self.critic.step(self.config.clip_norm)
+            self.critic.optimiser.step()
         return values
 
     @torch.no_grad()

@@ -15,7 +15,11 @@ from rlhf_duplex.policy.moshi import MoshiPolicy
 
 
 def episode_seed(*key: int) -> int:
-    """A seed from a tuple of counters (run seed, update, group, member): independent streams, no state to save."""
+    """A seed from a tuple of counters (run seed, update, group, member): no state to save.
+
+    Tuples of one length have streams of their own. A shorter one is that with zeros after it: with equal run seeds the
+    held-out suite's (place, sample) shares its noise with (update, group) of member 0, on other segments.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 

@@ -117,9 +117,10 @@ class Trainer:
         )
 
     def _play_suite(
-        self, held_out: Sequence[Segment], samples: int, advance: Callable[[float], None] | None = None
+        self, part: Sequence[Segment], samples: int, advance: Callable[[float], None] | None = None
     ) -> Rollouts:
-        segments, seeds, contexts = suite_episodes(held_out, samples, self.config.evaluation.seed)
+        suite, seed = self.inputs.held_out, self.config.evaluation.seed
+        segments, seeds, contexts = suite_episodes(suite, samples, seed, part)
         units = make_units(segments, seeds, contexts, self.cluster.unit, self.cluster.workers, audio=True)
 
         def go_on(count: float) -> None:
@@ -202,7 +203,7 @@ class Trainer:
         now = time.perf_counter()
         seconds = sum(episode.duration for episode in found.episodes)
         metrics = {
-            "reward/total": float(np.mean([function.total(row) for row in found.scores])),
+            "reward/total": function.mean_total(found.episodes, found.scores),
             **_by_axis(result),
             **found.figures,
             **diagnostics,

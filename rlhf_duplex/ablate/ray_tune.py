@@ -229,6 +229,9 @@ def _tune(
         cpus = max(1, round(workers * config.cpus))
         local = {"address": "local", "num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         options = {"address": config.address} if config.address else local
+        # Where memory runs short, Ray would kill the process that waits for a trial, which ends Tune with all trials;
+        # left alone, the kernel kills the trial's own, which is recorded and tried again.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
         ray.init(log_to_driver=False, logging_level="error", **options)
     try:
         # What Tune itself writes is not needed: the ablation's folder has all.

@@ -107,6 +107,6 @@ def grpo_loss(
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask).mean(),
             "clip_fraction": masked_mean(clipped, mask).mean(),
             "ratio_mean": masked_mean(ratio, mask).mean(),
-            "ratio_max": ratio.max(),
+            "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
         }
     return -value.mean(), diagnostics

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 OBJECTIVES = ("tokens", "speaking", "onsets")
+_NOTHING = -1e30  # log-probability of what cannot be drawn, finite
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Objective:
         if not self.apart:
             return speaking_log_probs(log_policy, self.silent)
         kinds = self._told_apart.to(log_policy.device)
-        others = log_policy.index_fill(-1, kinds, float("-inf")).logsumexp(dim=-1)
+        others = _mass(log_policy.index_fill(-1, kinds, float("-inf")))
         return torch.cat([log_policy[..., kinds], others[..., None]], dim=-1)
 
     def onsets(self, text: torch.Tensor) -> torch.Tensor:
@@ -84,7 +85,12 @@ def speaking_log_probs(log_policy: torch.Tensor, silent: int) -> torch.Tensor:
     Every token but `silent` speaks, the one that announces a word too.
     """
     others = torch.cat([log_policy[..., :silent], log_policy[..., silent + 1 :]], dim=-1)
-    return torch.stack([log_policy[..., silent], others.logsumexp(dim=-1)], dim=-1)
+    return torch.stack([log_policy[..., silent], _mass(others)], dim=-1)
+
+
+def _mass(log_probs: torch.Tensor) -> torch.Tensor:
+    """`logsumexp` over the last dimension; where `top_k` left no token, a mass of 0 with a gradient of 0, not NaN."""
+    return log_probs.clamp(min=_NOTHING).logsumexp(dim=-1)
 
 
 def onset_mask(spoken: torch.Tensor, frames: int) -> torch.Tensor:

@@ -1,7 +1,14 @@
 """What an agent did on each axis, as numbers with intervals, and the table of before and after.
 
-Definitions follow arXiv 2606.11167, section 3, and Full-Duplex-Bench v1 (arXiv 2503.04721) where it has the metric;
-speech is what the detector heard in the decoded audio.
+Speech is what the detector heard in the decoded audio, and a takeover is more than 1 s of it, as in the rewards of
+arXiv 2606.11167, section 3. Full-Duplex-Bench v1 (arXiv 2503.04721) measures the like by recognised words, and differs:
+
+- turns: an agent that begins before the user's end and goes on has taken the turn there, after 0 s; here it has barged
+  in, and its latency is none;
+- interruptions: there an "mm-hm" is no answer; here any speech after the interruption is one;
+- backchannels: there more than 3 s, or more than 3 words, take the turn.
+
+`rlhf_duplex.evaluation.full_duplex_bench` is that benchmark itself.
 """
 
 import json

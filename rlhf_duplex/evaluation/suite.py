@@ -24,14 +24,17 @@ Scores = Mapping[str, Score | None]
 
 
 def suite_episodes(
-    segments: Sequence[Segment], samples: int = 1, seed: int = 1
+    segments: Sequence[Segment], samples: int = 1, seed: int = 1, part: Sequence[Segment] | None = None
 ) -> tuple[list[Segment], list[int], list[float]]:
     """What the suite plays: `samples` episodes of every segment, without context, as segments, seeds and contexts.
 
-    A segment's episodes depend on (seed, place in the suite, sample) alone, so that two policies meet the same draws.
+    A segment's episodes depend on (seed, place in the suite, sample) alone, so that two policies meet the same draws,
+    and so does a `part` of the suite that is played by itself.
     """
-    chosen = [segment for segment in segments for _ in range(samples)]
-    seeds = [episode_seed(seed, index, sample) for index in range(len(segments)) for sample in range(samples)]
+    places = {segment.id: place for place, segment in enumerate(segments)}
+    played = segments if part is None else part
+    chosen = [segment for segment in played for _ in range(samples)]
+    seeds = [episode_seed(seed, places[segment.id], sample) for segment in played for sample in range(samples)]
     return chosen, seeds, [0.0] * len(chosen)
 
 

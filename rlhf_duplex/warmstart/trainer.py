@@ -129,6 +129,24 @@ class PreferenceTrainer(DPOTrainer):
         # What `CPOTrainer.cpo_loss` reads.
         self.loss_type, self.alpha, self.simpo_gamma = loss.name, 0.0, loss.simpo_gamma
 
+    def _get_num_items_in_batch(self, batch_samples: Sequence[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Pairs of an optimiser step, over all devices."""
+        pairs = torch.tensor(sum(len(batch["kinds"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(pairs).sum()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The mean loss of the pairs, times their share of the step's as if all microbatches of a step were alike.
+
+        The last of an epoch may be smaller; transformers means over microbatches and devices, whatever is in them.
+        """
+        loss = self._compute_loss(model, inputs, return_outputs)
+        if num_items_in_batch is None:
+            return loss
+        parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return loss * (len(inputs["kinds"]) * parts / num_items_in_batch)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> torch.Tensor:
         """TRL's loss of a batch, with the rewards of its pairs logged by kind."""
         inputs = dict(inputs)
@@ -242,10 +260,11 @@ class PreferenceTrainer(DPOTrainer):
     def evaluate(
         self, eval_dataset: PairDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """TRL's metrics over held-out pairs, exact means over pairs whatever the batches, in all and by kind.
+        """TRL's metrics over held-out pairs, means over pairs whatever the batches, in all and by kind.
 
-        Adds `loss`, and for each kind of pair `rewards/accuracies/KIND`, `rewards/margins/KIND`; logged with the
-        prefix `eval_`, as transformers does.
+        `entropy`, `mean_token_accuracy` and `logits` alone are TRL's, means over a batch's tokens. Adds `loss`, and
+        for each kind of pair `rewards/accuracies/KIND`, `rewards/margins/KIND`; logged with the prefix `eval_`, as
+        transformers does.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         model = self._wrap_model(self.model, training=False)

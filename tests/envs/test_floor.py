@@ -88,3 +88,16 @@ def test_a_backchannel_just_before_the_answer_is_no_barge_in():
     floor = analyse_floor(spans((2, 6)), spans((5.0, 5.4), (6.2, 9)), 0, 12)
     assert (floor.barge_ins, floor.backchannels, floor.overlap) == (0, 1, 0.0)
     assert floor.offsets == pytest.approx([0.2])
+
+
+def test_a_turn_that_the_dialogue_breaks_off_in_counts_where_it_is_talked_over():
+    # 1-3 is answered after 0.5 s; 10-19.5 could not be, but the agent talks over it for 3 s.
+    floor = analyse_floor(spans((1, 3), (10, 19.5)), spans((3.5, 6), (11, 14)), 0, 20)
+    assert (floor.user_turns, floor.turns) == (2, 1)
+    assert floor.metrics()["answer_rate"] == 1.0
+    assert floor.metrics()["barge_in_rate"] == 0.5
+    assert floor.seconds_lost == pytest.approx(0.5 + 3 / 2)
+    alone = analyse_floor(spans((10, 19.5)), spans((11, 19)), 0, 20)
+    assert alone.seconds_lost == pytest.approx(8.0)
+    assert "answer_rate" not in alone.metrics()
+    assert analyse_floor(spans((1, 1.5)), spans((3, 6)), 0, 20).seconds_lost is None  # the user has no turn

@@ -24,6 +24,19 @@ def test_the_sum_leaves_out_axes_without_a_score(episode):
     assert function([]) == []
 
 
+def test_the_mean_total_leaves_out_what_was_not_judged(episode):
+    function = RewardFunction({"turn_taking": RewardSpec(2.0), "repetition": RewardSpec(1.0)})
+    episodes = [episode("turn_taking", [(10.3, 12)], user_turn_end=10.0), episode("pause_handling"),
+                episode("turn_taking", [(10.5, 12)], user_turn_end=10.0)]  # fmt: skip
+    scores = function(episodes)
+    # Turns -0.3 and -0.5, twice; no axis says anything of the pause but repetition (0).
+    assert function.mean_total(episodes, scores) == pytest.approx(-1.6 / 3)
+    assert function.mean_total(episodes, scores) == pytest.approx(np.mean([function.total(row) for row in scores]))
+    scores[2]["turn_taking"] = None  # could not be judged
+    assert function.mean_total(episodes, scores) == pytest.approx(-1.2 / 3)
+    assert function.mean_total([], []) == 0.0
+
+
 def test_a_spec_reads_options_beside_weight_and_target():
     spec = RewardSpec.from_config({"weight": 0.5, "yield_weight": 1.0, "advantage_eps": 0.3})
     assert spec == RewardSpec(0.5, None, {"yield_weight": 1.0}, 0.3)

@@ -237,7 +237,8 @@ def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, begin):
+def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, begin, monkeypatch):
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # the machine is short of memory throughout
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
     path.write_text(

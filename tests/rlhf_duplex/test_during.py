@@ -20,18 +20,22 @@ def run(folder, *arguments):
 
 def test_evaluation_during_training_changes_nothing(tmp_path):
     plain = run(tmp_path / "plain")
-    watched = run(tmp_path / "watched", "evaluation.every=1", "evaluation.every_limit=1")
+    watched = run(tmp_path / "watched", "evaluation.limit=2", "evaluation.every=1", "evaluation.every_limit=1")
     for one, other in zip(plain, watched, strict=True):
         keep = [{k: v for k, v in row.items() if not k.startswith(FREE)} for row in (one, other)]
         assert keep[0] == keep[1]
     for row in watched:
         assert "evaluation/turn_taking/reward" in row
         assert row["time/evaluation"] > 0
-    # After the last update the policy is the one of `after.json`, on the same draws and the same segments.
+    # After the last update the policy is the one of `after.json`: half of its segments, and of those the same draws.
     last = json.loads((tmp_path / "watched" / "evaluation" / "update_000002.json").read_text())
     after = json.loads((tmp_path / "watched" / "evaluation" / "after.json").read_text())
-    assert last["segments"] == after["segments"]
-    assert watched[-1]["evaluation/turn_taking/reward"] == after["axes"]["turn_taking"]["reward"]["mean"]
+    rewards = [result["segments"]["turn_taking"]["reward"] for result in (last, after)]
+    assert [len(found) for found in rewards] == [1, 2]
+    for axis, metrics in last["segments"].items():
+        for metric, values in metrics.items():
+            assert values.items() <= after["segments"][axis][metric].items(), (axis, metric)
+    assert watched[-1]["evaluation/turn_taking/reward"] == sum(rewards[0].values())
 
 
 def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from envs.audio import resample
 from envs.episode import Word
 from envs.speech import Interval
 from rlhf_duplex.evaluation.full_duplex_bench.metrics import (
+    UnendedWord,
     backchannel,
     backchannel_divergence,
     official_mean,
@@ -58,9 +59,10 @@ def test_words_of_an_interval_as_the_official_script_counts_them():
         assert words_within(words(times), interval), times
     for times in (before, after, at_start):
         assert not words_within(words(times), interval), times
+    assert words_within(words((2.5, 2.5)), interval)  # of no length, but with an end
     # Of a word without an end, begin and end are one: it is skipped unless it begins at the end or later.
-    assert not words_within(words((2.5, 2.5)), interval)
-    assert words_within(words((3.0, 3.0)), interval)
+    assert not words_within([UnendedWord("so", 2.5, 2.5)], interval)
+    assert words_within([UnendedWord("so", 3.0, 3.0)], interval)
 
 
 SECONDS = 10.0

@@ -13,7 +13,7 @@ from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import write_manifest
 from envs.vector import DuplexDialogueVectorEnv
-from rlhf_duplex.config import OptimiserConfig, TrainerConfig, load_config
+from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig, load_config
 from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.codec import first_tokens
@@ -187,6 +187,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(setting):
     with pytest.raises(NonFiniteError, match="update 3"):
         learner.update(batch, 3)
     assert all(torch.equal(value, before[name]) for name, value in policy.lm.state_dict().items())
+
+
+def test_values_that_are_not_finite_stop_before_the_head(setting):
+    bundle, _, _, _, episodes = setting
+    policy = MoshiPolicy(load_bundle("nano").lm, SAMPLING)
+    trainer = TrainerConfig(algorithm="ppo", minibatch=8, passes=3)
+    learner = Learner(policy, trainer, OptimiserConfig(), seed=0, ppo=PpoConfig(value_learning_rate=1e20))
+    batch = make_batch(episodes, torch.ones(8), bundle.codec.frame_rate, policy.device)
+    with pytest.raises(NonFiniteError, match=r"^value_loss is .*lower ppo\.value_learning_rate"):
+        learner.update(batch, 0)
+    assert all(value.isfinite().all() for value in learner.critic.parameters.values())
 
 
 def test_learning_rate_falls_as_a_cosine():

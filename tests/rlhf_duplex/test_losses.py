@@ -103,6 +103,14 @@ def test_silent_and_speaking_by_hand():
     policy = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.25, 0.75, 0.0]]).log()
     projected = speaking_log_probs(policy, silent=2).exp()
     assert torch.allclose(projected, torch.tensor([[0.3, 0.7], [0.75, 0.25]]))
+    # Silence is all that `text_top_k` left: nothing speaks, and the gradient is a number.
+    only = torch.tensor([[0.0, -math.inf, -math.inf]], requires_grad=True)
+    speaking = speaking_log_probs(only, silent=0)
+    assert speaking.exp().tolist() == [[1.0, 0.0]]
+    speaking[..., 0].sum().backward()
+    assert only.grad.tolist() == [[1.0, 0.0, 0.0]]
+    choices = Objective("onsets", silent=0, announcing=1, apart=(2,)).choices(only)
+    assert choices.exp().tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
 def test_kl_is_the_sum_of_timing_and_words():

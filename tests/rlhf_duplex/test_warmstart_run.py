@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from warmstart_pairs import KINDS, config_of, make_pairs, run
 
 from envs.errors import InputError
@@ -24,6 +25,13 @@ from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.tracking import read_metrics
 from rlhf_duplex.warmstart.run import references_of, split_pairs
 from rlhf_duplex.warmstart.trainer import PairDataset, PreferenceTrainer
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.fixture
@@ -72,6 +80,17 @@ class TestRun:
         assert {"eval_loss", "eval_rewards/margins/pause_handling", "eval_logps/chosen"} <= values[0].keys()
         for other in values[1:]:
             assert other == pytest.approx(values[0], rel=1e-3, abs=1e-4)
+
+    def test_gradients_do_not_depend_on_microbatches(self, tmp_path):
+        found = []
+        for size in (8, 4):  # the five pairs of the epoch's one step, at once or as four and one
+            bundle = load_bundle("nano")
+            references = torch.linspace(-90, -70, 10).reshape(5, 2)
+            config = config_of(training__microbatch=size, training__batch_size=8, optimiser__clip_norm=1e9)
+            data, kept = PairDataset(make_pairs(bundle.lm, 5), references), Gradients()
+            PreferenceTrainer(bundle, config, data, None, tmp_path / str(size), [kept]).train()
+            found.append(kept.gradient)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
 
     @pytest.mark.parametrize("lora", [0, 2])
     def test_resumed_is_the_uninterrupted_run_to_the_bit(self, folder, lora):

@@ -29,6 +29,12 @@ BIN_SECONDS = 0.2
 _EPSILON = 1e-10
 
 
+class UnendedWord(Word):
+    """A word whose end the transcript does not have; its `end` is its `start`."""
+
+    __slots__ = ()
+
+
 def takeover(words: Sequence[Word]) -> int:
     """1 where the agent takes the turn: a span of words of at least 1 s, or more than 3 words."""
     if not words:
@@ -98,7 +104,7 @@ def backchannel(
 def words_within(words: Sequence[Word], interval: Interval) -> list[Word]:
     """Words that the official script counts into an interval: those that touch it (at its end, also by a point).
 
-    One without an end (of no length here, see `read_words`) counts only from the interval's end on.
+    One without an end (`UnendedWord`) counts only from the interval's end on.
     """
     return [
         word
@@ -106,7 +112,7 @@ def words_within(words: Sequence[Word], interval: Interval) -> list[Word]:
         if (
             word.start >= interval.start
             and word.end <= interval.end
-            and (word.end > word.start or word.start >= interval.end)
+            and not (isinstance(word, UnendedWord) and word.start < interval.end)
         )
         or (word.start <= interval.end < word.end)
         or (word.start <= interval.start < word.end)

@@ -18,6 +18,7 @@ from envs.episode import Word
 from envs.errors import InputError
 from envs.segments import Segment
 from envs.speech import Interval
+from rlhf_duplex.evaluation.full_duplex_bench.metrics import UnendedWord
 
 # Folder of the download or of the examples -> axis of the result.
 TASKS = {
@@ -178,7 +179,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_words(path: Path) -> list[Word]:
-    """The words of an `output.json`. A word without an end ends where it begins; one without a beginning is left out.
+    """The words of an `output.json`. One without an end is an `UnendedWord`; one without a beginning is left out.
 
     Raises:
         InputError: missing or damaged.
@@ -190,7 +191,8 @@ def read_words(path: Path) -> list[Word]:
             start, end = chunk["timestamp"]
             if start is None:
                 continue
-            word = Word(str(chunk["text"]), float(start), float(start if end is None else end))
+            kind = UnendedWord if end is None else Word
+            word = kind(str(chunk["text"]), float(start), float(start if end is None else end))
             if not (math.isfinite(word.start) and math.isfinite(word.end)):
                 raise ValueError(f"a word's times are {chunk['timestamp']}")
             words.append(word)
