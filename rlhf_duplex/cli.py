@@ -40,7 +40,7 @@ REPORT_HELP = """examples:
 
 EXPORT_HELP = """examples:
   rlhf-duplex export runs/quickstart --to served                    a bundle, adapters merged
-  rlhf-duplex export runs/quickstart/checkpoints/step_000045 --to served --dtype bfloat16
+  rlhf-duplex export runs/quickstart/checkpoints/step_000044 --to served --dtype bfloat16
   rlhf-duplex export runs/adapted --to adapters --lora              for moshi.server --lora-weight"""
 REWARDS_HELP = """examples:
   rlhf-duplex rewards                                  all axes, with their options

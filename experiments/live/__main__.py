@@ -25,7 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--dialogues", type=int, default=32, help="live dialogues that are compared")
     parser.add_argument("--replay", type=Path, nargs="*", default=[], help="run folders trained by replay, one a seed")
     parser.add_argument("--only-replay", action="store_true", help="train nothing live: base against replay alone")
-    parser.add_argument("--tiny", action="store_true", help="two updates of a few episodes: does everything run?")
+    parser.add_argument("--tiny", action="store_true", help="one update of a few episodes: does everything run?")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all training")
     arguments = parser.parse_intermixed_args(words)
 

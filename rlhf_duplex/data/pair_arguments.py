@@ -24,7 +24,7 @@ examples:
 A run that was stopped, or whose judge did not answer, goes on with the same command."""
 CONVERSE_HELP = """examples:
   rlhf-duplex converse nano --checkpoint nano --out logs
-  rlhf-duplex converse segments.jsonl --checkpoint runs/quickstart/checkpoints/step_000045 --out logs --samples 4
+  rlhf-duplex converse segments.jsonl --checkpoint runs/quickstart/checkpoints/step_000044 --out logs --samples 4
 
 The folder is a corpus for `rlhf-duplex pairs --from conversations`."""
 _HELP = {
