@@ -140,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options, left = parser.parse_known_args(arguments)
-    if options.command == "evaluate" and all("=" in word and not word.startswith("-") for word in left):
-        options.arguments += left  # argparse takes key=value on one side of the options only
+    taken = next((name for name in ("arguments", "overrides") if hasattr(options, name)), None)
+    if taken and all("=" in word and not word.startswith("-") for word in left):
+        getattr(options, taken).extend(left)  # argparse takes key=value on one side of the options only
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     from envs.errors import InputError

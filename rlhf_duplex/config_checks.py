@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from envs.context import ContextSchedule
 from envs.errors import InputError
 from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.cluster_config import check_cluster
@@ -61,8 +62,15 @@ def check_config(config: "Config") -> None:
         "evaluation.limit": config.evaluation.limit,
         "evaluation.episodes": config.evaluation.episodes,
         "evaluation.every": config.evaluation.every,
+        "rollout.batch_size": config.rollout.batch_size,
     }
     check_not_negative(not_negative)
+    for key, seed in {"seed": config.seed, "evaluation.seed": config.evaluation.seed}.items():
+        if seed >= 2**63:
+            raise InputError(f"{key} must be below 2^63, found {seed}")
+    if not 0 <= optimiser.final_share <= 1:
+        raise InputError(f"optimiser.final_share must lie in [0, 1], found {optimiser.final_share}")
+    ContextSchedule(config.context.probability, config.context.max_seconds, config.context.schedule)
     if not all(0 <= beta < 1 for beta in optimiser.betas):
         raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
     choices = {

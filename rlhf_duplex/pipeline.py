@@ -82,6 +82,14 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     wrong = [o for o in overrides if "=" not in o or o.startswith("=")]
     if wrong:
         raise InputError(f"argument '{wrong[0]}' is not of the form key=value")
+    keys = [override.partition("=")[0] for override in overrides]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    own = ("run_dir", "stages")
+    unused = [key for key in keys if f"${{{key}}}" not in text and key.partition(".")[0] not in own]
+    if unused:
+        raise InputError(
+            f"{path}: no stage uses `{unused[0]}`: write it into the command of a stage, or use ${{{unused[0]}}} there"
+        )
     try:
         layer = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         config: Any = OmegaConf.to_container(layer, resolve=True)

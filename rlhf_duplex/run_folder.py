@@ -1,5 +1,6 @@
 """The run folder, and what a run shows and hears at the terminal: progress, and the wish to stop."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -50,6 +51,33 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     return run_dir
+
+
+@contextmanager
+def claimed(run_dir: str | Path) -> Iterator[None]:
+    """The run folder for one training at a time; the system lets go of it when the process ends.
+
+    Raises:
+        InputError: another process has it.
+    """
+    folder = Path(run_dir).absolute()
+    path = folder.with_name(f".{folder.name}.lock")  # beside the folder, which may be renamed
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {run_dir}: wait for it, or choose run_dir=...") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class StoppedError(Exception):

@@ -32,7 +32,7 @@ from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed
-from rlhf_duplex.run_folder import StoppedError, make_console, prepare_run_dir, progress, stop_requests
+from rlhf_duplex.run_folder import StoppedError, claimed, make_console, prepare_run_dir, progress, stop_requests
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.tracking import MetricsLog, read_metrics
 
@@ -359,6 +359,11 @@ def train(config: Config, console: Console | None = None) -> Path:
     console = console or make_console()
     with console.status("checking recordings and configuration"):
         inputs = load_inputs(config)
+    with claimed(config.run_dir):
+        return _train(config, inputs, console)
+
+
+def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     run_dir = prepare_run_dir(config)
     with running(config, inputs, run_dir, console) as trainer:
         try:

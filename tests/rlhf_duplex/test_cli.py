@@ -17,6 +17,7 @@ from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import NANO_FOLDER
+from rlhf_duplex.run_folder import claimed
 from rlhf_duplex.warmstart.config import load_warmstart_config
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,10 @@ def test_bad_audio(tmp_path, capsys):
         ("seed=-1", "seed must be a number of at least 0"),
         ("context.lead_in=nan", "context.lead_in must be a number"),
         ("optimiser.betas=[0.9,1.5]", "optimiser.betas must lie in"),
+        ("optimiser.final_share=-2", "optimiser.final_share must lie in [0, 1], found -2"),
+        ("rollout.batch_size=-1", "rollout.batch_size must be a number of at least 0, found -1"),
+        ("seed=99999999999999999999999", "seed must be below 2^63"),
+        ("context.schedule=steep", "context schedule 'steep' is not known"),
         ("device=abacus", "device 'abacus' cannot be used"),
         ("trackers=[abacus]", "tracker 'abacus' is not known"),
     ],
@@ -172,6 +177,15 @@ def test_configuration_files_that_are_wrong(tmp_path, capsys):
     assert "config.yaml is empty: leave it out" in failing(capsys, str(path))
     path.write_text("trainer: [unclosed\n")
     assert "not valid YAML" in failing(capsys, str(path))
+
+
+def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys):
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    with claimed(tmp_path / "run"):
+        assert "another run is writing to" in failing(capsys, f"run_dir={tmp_path / 'run'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not put aside, and the lock is gone
+    with claimed(tmp_path / "run"):  # free again
+        pass
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):

@@ -105,6 +105,12 @@ def test_a_changed_argument_counts_but_an_equal_result_stops_there(setting):
     assert commands.names() == ["pairs"]
 
 
+def test_an_override_that_no_stage_uses(setting):
+    folder, _, _ = setting
+    with pytest.raises(InputError, match=r"no stage uses `trainer\.updates`: write it into the command"):
+        load_pipeline(folder / "pipeline.yaml", ["length=1", "trainer.updates=2"])
+
+
 def test_a_failed_stage_ends_it_and_is_where_it_goes_on(setting):
     _, commands, start = setting
     commands.fail = "warmstart"
