@@ -21,6 +21,7 @@ from rlhf_duplex.policy.prompt import check_prompt
 from rlhf_duplex.tracking import check_trackers
 
 NANO_DATA = Path(__file__).parent / "nano_data"
+SILENT_PEAK = 1e-3  # of full scale, -60 dB: no speech is that soft throughout
 
 
 @dataclass
@@ -107,5 +108,10 @@ def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segmen
 
 
 def _check_audio(segment: Segment) -> None:
-    """Read what the header cannot tell: truncated files, NaN samples."""
-    segment.user_audio(audio_info(segment.recording)[0])
+    """Read what the header cannot tell: truncated files, NaN samples, a channel on which nobody speaks."""
+    peak = float(abs(segment.user_audio(audio_info(segment.recording)[0])).max(initial=0.0))
+    if peak < SILENT_PEAK:
+        raise InputError(
+            f"segment '{segment.id}' of {segment.recording} is silent on channel {segment.user_channel} (peak "
+            f"{peak:.1g}), where the user should speak: is `user_channel` right?"
+        )

@@ -116,6 +116,8 @@ def test_bad_audio(tmp_path, capsys):
     assert "cannot be read as audio" in error()
     write(tmp_path, np.zeros((0, 2), dtype=np.float32))
     assert "lasts 0.000 s" in error()
+    write(tmp_path, noise() * [1, 0])
+    assert "is silent on channel 1 (peak 0), where the user should speak: is `user_channel` right?" in error()
     broken = noise()
     broken[8000, 1] = np.nan
     write(tmp_path, broken)
