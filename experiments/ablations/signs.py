@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from envs.errors import InputError
 from rlhf_duplex.report.comparison import effect_rows
 from rlhf_duplex.report.runs import Comparison, read_ablation
@@ -32,6 +34,7 @@ PAPER = {
     "without schedule": (0.51, 0.78, 0.15, 3.70),
     "without context": (0.49, 0.78, 0.09, 3.53),
 }
+MIN_CONDITIONS = 4  # of which differences are correlated
 
 
 def sign(value: float) -> str:
@@ -65,6 +68,7 @@ def sign_table(comparison: Comparison) -> str:
     """A row a condition of the paper, a cell a metric: the paper's sign, then ours with the difference.
 
     Bold where the corrected p is below 0.05; `agree` counts cells with equal signs among those where the paper has one.
+    The last row has, for each metric, the correlation (Pearson) of the paper's differences with ours over conditions.
     """
     runs = tuple(replace(run, after=as_the_paper_measures(run.after)) for run in comparison.runs)
     comparison = replace(comparison, runs=runs)
@@ -72,7 +76,8 @@ def sign_table(comparison: Comparison) -> str:
     shown = [(index, metric) for index, (metric, _) in enumerate(METRICS) if metric in known]
     rows = {row["name"]: row["cells"] for row in effect_rows(comparison, [metric for _, metric in shown])}
     lines = ["| | " + " | ".join(METRICS[index][1] for index, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
-    same = compared = 0
+    same = compared = clear = clear_same = 0
+    pairs: dict[int, list[tuple[float, float]]] = {index: [] for index, _ in shown}
     for name, figures in PAPER.items():
         if name not in rows:
             lines.append(f"| {name} |" + " not run |" * len(shown))
@@ -86,10 +91,17 @@ def sign_table(comparison: Comparison) -> str:
             ours = sign(cell["mean"])
             compared += theirs != "0"
             same += theirs != "0" and theirs == ours
+            clear += theirs != "0" and bool(cell["verdict"])
+            clear_same += theirs == ours and bool(cell["verdict"])
+            pairs[index].append((figures[index] - PAPER_FULL[index], cell["mean"]))
             text = f"{cell['difference']}, {cell['p']}"
             cells.append(f"paper {theirs}; ours {ours} ({f'**{text}**' if cell['verdict'] else text})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{same} of {compared} signs agree."])
+    if all(len(found) >= MIN_CONDITIONS for found in pairs.values()):
+        likeness = [np.corrcoef(np.array(found).T)[0, 1] for found in pairs.values()]
+        lines.append("| correlation | " + " | ".join(f"{r:.2f}" for r in likeness) + " |")
+    beyond = f", {clear_same} of the {clear} beyond chance" if clear else ""
+    return "\n".join([*lines, "", f"{same} of {compared} signs agree{beyond}."])
 
 
 if __name__ == "__main__":
