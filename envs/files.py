@@ -1,5 +1,6 @@
 """Files written whole (under a temporary name, then renamed), and lists read line by line."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -25,11 +26,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def file_name(identifier: str) -> str:
+    """An id as the name of a file or folder, which leads nowhere else; ids that differ have names that differ."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in identifier)[:100]
+    if name == identifier:
+        return name
+    return f"{name}-{hashlib.sha256(identifier.encode(errors='replace')).hexdigest()[:8]}"
+
+
 def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _Item]) -> list[_Item]:
     """The items of a JSON Lines file, in its order; empty lines are passed over.
 
     Args:
-        path: UTF-8 text.
+        path: UTF-8 text, with or without a byte order mark.
         kind: what the file is, for messages: "manifest".
         hint: what to do where it is not there or no text.
         parse: makes an item with an `id` of what a line holds; its InputError is given the line's number.
@@ -41,7 +50,7 @@ def read_json_lines(path: Path, kind: str, hint: str, parse: Callable[[Any], _It
         what = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{kind} {path} {what}: {hint}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits inside words
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also splits inside words
     except UnicodeDecodeError as error:
         raise InputError(f"{kind} {path} is not UTF-8 text ({error}): {hint}") from error
     items: list[_Item] = []

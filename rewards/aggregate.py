@@ -118,8 +118,14 @@ class RewardFunction:
         Raises:
             InputError: one cannot.
         """
-        for axis in self.axes.values():
-            axis.prepare(segments)
+        for name, axis in self.axes.items():
+            try:
+                axis.prepare(segments)
+            except InputError:
+                raise
+            except Exception as error:
+                error.add_note(f"in `prepare` of reward axis '{name}'")
+                raise
 
     def metrics(self) -> dict[str, float]:
         """Every axis' own figures since the last call, as `axis/figure`."""

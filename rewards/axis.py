@@ -204,7 +204,8 @@ def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxi
     """An axis with its options.
 
     Raises:
-        InputError: as `find_axis`, or an option that the axis does not take.
+        InputError: as `find_axis`, an option that the axis does not take, or an `applies_to` that names no axis of
+            segments.
     """
     cls: Callable[..., RewardAxis] = find_axis(name, target)
     known = inspect.signature(cls).parameters
@@ -215,9 +216,17 @@ def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxi
             f"reward axis '{name}': unknown option `{unknown[0]}`: the options are {', '.join(known) or 'none'}"
         )
     try:
-        return cls(**options)
-    except TypeError as error:
+        axis = cls(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:  # by which a constructor refuses an option
         raise InputError(f"reward axis '{name}': {error}") from error
+    applies = axis.applies_to
+    if not isinstance(applies, tuple) or not set(applies) <= set(SEGMENT_AXES):
+        raise InputError(
+            f"reward axis '{name}': `applies_to` must be a tuple of {', '.join(SEGMENT_AXES)}, found {applies!r}"
+        )
+    return axis
 
 
 def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score | None]:

@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` answers at once."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not.
 
-    `evaluate --fail-if` ends with 3 where a condition holds.
+    `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1 where trials failed (it says which).
     """
     parser = build_parser()
     options, left = parser.parse_known_args(arguments)
@@ -157,6 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rlhf-duplex: stopped; training goes on with resume=true, the rest with the same command", file=sys.stderr
         )
         return 130
+    except Exception as error:
+        if "No space left on device" not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
+            raise  # safetensors has an error of its own for a full disk
+        print(f"rlhf-duplex: the disk is full ({error}): make room; training goes on with resume=true", file=sys.stderr)
+        return 2
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -229,7 +235,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _ablate(options: argparse.Namespace) -> int:
     from rlhf_duplex.ablate.plan import load_plan
-    from rlhf_duplex.ablate.run import ablate, finish, show_plan
+    from rlhf_duplex.ablate.run import ablate, failed_trials, finish, show_plan
     from rlhf_duplex.run_folder import make_console
 
     plan = load_plan(options.config, options.overrides)
@@ -238,7 +244,9 @@ def _ablate(options: argparse.Namespace) -> int:
     else:
         ablate(plan, make_console(), options.retry_failed)
         if plan.config.search is not None and plan.config.search.sampler == "optuna":
-            finish(load_plan(options.config, options.overrides), make_console())  # with the points that were found
+            plan = load_plan(options.config, options.overrides)  # with the points that were found
+            finish(plan, make_console())
+        return 1 if failed_trials(plan) else 0
     return 0
 
 

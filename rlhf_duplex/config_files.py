@@ -39,7 +39,8 @@ def load_structured(
         schema: a dataclass.
         path: YAML file; its `stages` are those of a pipeline (see `rlhf_duplex.pipeline`) and left out here.
         overrides: such as `trainer.updates=20`.
-        replaced: keys whose defaults are dropped where the file has the key.
+        replaced: keys whose defaults are dropped where the file has the key; `KEY={...}` on the command line drops
+            what the file says, too.
 
     Raises:
         InputError: no such file, not YAML, an unknown key, a value of the wrong type.
@@ -65,11 +66,12 @@ def load_structured(
     config = base
     for source, layer in layers:
         try:
+            given = {override.partition("=")[0] for override in overrides}  # not `rewards.pause_handling.weight`
             if source != "the command line" and OmegaConf.is_dict(layer):
                 layer.pop("stages", None)
-                for key in replaced:
-                    if key in layer:
-                        config[key] = {}
+                given = set(layer)
+            for key in given.intersection(replaced):
+                config[key] = {}
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             why = _explain(error)
@@ -91,6 +93,12 @@ def _explain(error: Exception) -> str:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if key and "not in" in first:
         return f"unknown configuration key '{key}': see the dataclasses in rlhf_duplex/*config.py for the keys"
+    if key and "list, or tuple" in first:
+        return f"configuration key '{key}' is a list: write {key}=[ONE, ANOTHER]"
+    if key and "'None'" in first:
+        return f"configuration key '{key}' must have a value"
+    if "is not a subclass of" in first:
+        return f"a section of the configuration has keys, such as trainer.updates, and no value of its own ({first})"
     return f"configuration key '{key}': {first}" if key else first
 
 

@@ -58,13 +58,36 @@ def load_inputs(config: Config) -> Inputs:
     if config.env == "live" and config.live.user != "scripted":
         find_bundle(config.live.user)
     if config.evaluation.before is not None:
-        read_results(Path(config.evaluation.before))
+        _check_before(Path(config.evaluation.before), config, held_out)
     missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
     if missing:
         raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
     trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
     return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
+
+
+def _check_before(path: Path, config: Config, held_out: list[Segment]) -> None:
+    """Hold a result that is to stand for the evaluation before training against what would have been measured."""
+    record = read_results(path)
+    mine = {
+        "checkpoint": config.checkpoint,
+        "lead_in_seconds": config.context.lead_in,
+        "samples": config.evaluation.samples,
+        "update": 0,
+    }
+    for key, value in mine.items():
+        if record.get(key) != value:
+            raise InputError(f"evaluation.before: {path} was measured with {key} {record.get(key)}, not {value}")
+    measured = {
+        name for metrics in record.get("segments", {}).values() for values in metrics.values() for name in values
+    }
+    missing = [segment.id for segment in held_out if segment.id not in measured]
+    if missing:
+        raise InputError(
+            f"evaluation.before: {path} has nothing of {len(missing)} of {len(held_out)} held-out segments, such as "
+            f"'{missing[0]}': it was measured on others"
+        )
 
 
 def check_machine(config: Any) -> None:
@@ -93,14 +116,18 @@ def first_of_each(segments: list[Segment], limit: int) -> list[Segment]:
     return kept
 
 
+def manifest_path(name: str, part: str) -> Path:
+    """Of a manifest, or of the `part` of nano's."""
+    return NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
+
+
 def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
     """A manifest, or the `part` (`train`, `heldout`) of nano's, with its audio read once and its events completed.
 
     Raises:
         InputError: the first thing that is wrong.
     """
-    path = NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
-    segments = read_manifest(path)
+    segments = read_manifest(manifest_path(name, part))
     if name != "nano":  # what ships with the package is as it was built
         with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
             list(pool.map(_check_audio, segments))

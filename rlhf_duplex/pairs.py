@@ -304,10 +304,16 @@ def _finish(
     if not pairs:
         raise InputError(
             f"no pair could be made of {len(dialogues)} {'segments' if arguments.source == 'rollouts' else 'dialogues'}"
-            + (f" ({len(errors)} could not be read; the first: {errors[0][1]})" if errors else "")
+            + (f" ({len(errors)} could not be read; the first: {errors[0][1]})" if errors else _why_none(counts))
         )
     store.remove()
     return out
+
+
+def _why_none(counts: Mapping[str, int]) -> str:
+    if any(name.startswith(("problems: ", "dropped: ")) for name in counts):
+        return ": the table above says what was dropped, and why"
+    return ": no agent in them talks into a turn for a second or leaves one unanswered (--judge-url looks at the words)"
 
 
 def _table(pairs: Sequence[Any], counts: Mapping[str, int]) -> Any:

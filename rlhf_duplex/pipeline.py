@@ -92,7 +92,11 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         )
     try:
         layer = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        config: Any = OmegaConf.to_container(layer, resolve=True)
+        config: Any = OmegaConf.to_container(
+            OmegaConf.create(_split(path, OmegaConf.to_container(layer))), resolve=True
+        )
+    except InputError:
+        raise
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # YAML's own errors
@@ -103,21 +107,32 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     return Pipeline(Path(config["run_dir"]), tuple(_stage(path, str(name), row) for name, row in stages.items()))
 
 
+def _split(path: Path, raw: Any) -> Any:
+    """The file with each `run` as its words, split before `${run_dir}` is filled in: a folder may have spaces."""
+    stages = raw.get("stages") if isinstance(raw, dict) else None
+    for name, row in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(row, dict) and isinstance(row.get("run"), str):
+            try:
+                row["run"] = shlex.split(row["run"])
+            except ValueError as error:
+                raise InputError(f"{path}: stage '{name}': `run` cannot be read ({error})") from error
+    return raw
+
+
 def _stage(path: Path, name: str, row: Any) -> Stage:
     where = f"{path}: stage '{name}'"
-    if not isinstance(row, dict) or not isinstance(row.get("run"), str):
+    if not isinstance(row, dict) or not isinstance(row.get("run"), list):
         raise InputError(f"{where} needs `run`, the command line of the stage")
     unknown = sorted(set(row) - set(_KEYS))
     if unknown:
         raise InputError(f"{where}: unknown key `{unknown[0]}`: the keys are {', '.join(_KEYS)}")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise InputError(f"{where}: a name has letters, digits, - and _")
-    try:
-        arguments = tuple(shlex.split(row["run"]))
-    except ValueError as error:
-        raise InputError(f"{where}: `run` cannot be read ({error})") from error
+    arguments = tuple(str(word) for word in row["run"])
     if not arguments or arguments[0] not in COMMANDS:
-        raise InputError(f"{where}: `run` must begin with one of {', '.join(COMMANDS)}, found {row['run']!r}")
+        raise InputError(
+            f"{where}: `run` must begin with one of {', '.join(COMMANDS)}, found '{shlex.join(arguments)}'"
+        )
     makes = _paths(where, "makes", row.get("makes"))
     if not makes:
         raise InputError(f"{where} needs `makes`, what is there when it is done")

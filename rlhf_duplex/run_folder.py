@@ -1,10 +1,12 @@
 """The run folder, and what a run shows and hears at the terminal: progress, and the wish to stop."""
 
 import fcntl
+import hashlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.config_files import check_resumed, to_yaml
 from rlhf_duplex.policy.bundle import find_bundle
 
@@ -51,6 +54,30 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     return run_dir
+
+
+def check_data(run_dir: Path, resume: bool, files: Mapping[str, Path]) -> None:
+    """Note in the run folder's `data.json` what is learned from; a run that is resumed must find it as it was.
+
+    Args:
+        run_dir: the run folder, made.
+        resume: whether the run goes on.
+        files: manifests by the key of the configuration that names them.
+
+    Raises:
+        InputError: one of them has changed since the run began.
+    """
+    path, now = run_dir / "data.json", {}
+    for key, file in files.items():
+        now[key] = hashlib.sha256(file.read_bytes()).hexdigest()
+    before = json.loads(path.read_text()) if resume and path.is_file() else {}
+    for key, digest in now.items():
+        if before.get(key, digest) != digest:
+            raise InputError(
+                f"resume: {files[key]} is not what it was when this run began: put the old one back, or start without "
+                f"resume=true (remove {path} to go on with what there is now)"
+            )
+    write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 @contextmanager

@@ -59,6 +59,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def flat(config: Any) -> dict[str, str | int | float | bool]:
+    """The scalars of a configuration and of its sections, such as `trainer.updates`, which a mirror shows."""
+    found: dict[str, str | int | float | bool] = {}
+    for key, value in vars(config).items():
+        parts = {f"{key}.{k}": v for k, v in vars(value).items()} if hasattr(value, "__dict__") else {key: value}
+        found.update({k: v for k, v in parts.items() if isinstance(v, str | int | float | bool)})
+    return found
+
+
 def check_trackers(names: list[str]) -> None:
     """Whether the mirrors can be started.
 

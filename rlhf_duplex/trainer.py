@@ -6,7 +6,7 @@ Everything is checked before the model is loaded, and everything a run leaves is
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +15,33 @@ import torch
 from rich.console import Console
 
 from envs.context import ContextSchedule
-from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import Segment
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.algorithms.values import batch_rewards
 from rlhf_duplex.checkpoint import last_checkpoint, mark_best, prune
 from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
-from rlhf_duplex.cluster.roles import Played, Scores, make_units
+from rlhf_duplex.cluster.roles import Rollouts, in_order, make_units
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.during import record_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options, segment_values
 from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
-from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs
+from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs, manifest_path
 from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed
-from rlhf_duplex.run_folder import StoppedError, claimed, make_console, prepare_run_dir, progress, stop_requests
+from rlhf_duplex.run_folder import (
+    StoppedError,
+    check_data,
+    claimed,
+    make_console,
+    prepare_run_dir,
+    progress,
+    stop_requests,
+)
 from rlhf_duplex.sampler import segments_of_update
-from rlhf_duplex.tracking import MetricsLog, read_metrics
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The episodes of an update, in the order of groups and members, and their scores.
-
-    Attributes:
-        figures: what the reward axes say of their work.
-        seconds: by stage.
-    """
-
-    episodes: list[Episode]
-    scores: list[Scores]
-    figures: dict[str, float]
-    seconds: dict[str, float]
+from rlhf_duplex.tracking import MetricsLog, flat, read_metrics
 
 
 def make_cluster(config: Config, inputs: Inputs, console: Console) -> Cluster:
@@ -132,7 +124,7 @@ class Trainer:
         self.cluster.begin(units)
         played = self.cluster.played(go_on)
         self.cluster.figures()  # those of an update begin after this
-        return _in_order(played, len(segments))
+        return in_order(played, len(segments))
 
     def evaluate_during(self) -> dict[str, float]:
         """A part of the held-out suite where it is its turn, see `rlhf_duplex.evaluation.during`; its metrics."""
@@ -171,7 +163,7 @@ class Trainer:
             self.begin_rollouts(self.update)
         played = self.cluster.played()
         self._begun = None
-        found = _in_order(played, trainer.groups * trainer.group_size)
+        found = in_order(played, trainer.groups * trainer.group_size)
         oldest = self.update - (1 if trainer.ahead else 0)
         wrong = {e.policy_version for e in found.episodes if not oldest <= e.policy_version <= self.update}
         if wrong:
@@ -232,7 +224,8 @@ class Trainer:
     def run(self) -> bool:
         """All updates that are left; True where a signal ended it early."""
         config = self.config
-        log = MetricsLog(self.run_dir, config.trackers, _flat(config), self.update if config.resume else 0)
+        log = MetricsLog(self.run_dir, config.trackers, flat(config), self.update if config.resume else 0)
+        first = self.update + 1
         try:
             with progress(self.console, "training", config.trainer.updates - self.update) as advance:
                 while self.update < config.trainer.updates and not self.stopped:
@@ -243,6 +236,8 @@ class Trainer:
                         log.write(self.update, metrics)
                         advance(1)
                         self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
+                        if self.update == first:
+                            self._warn(metrics)
                         if self._due(self.update) or self.stopped:
                             self.save()
                     except LearnersLostError as error:
@@ -253,6 +248,16 @@ class Trainer:
             return bool(self.stopped)
         finally:
             log.close()
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        """Of what an update alone can show: an axis without any score, a best checkpoint by what is no metric."""
+        for name, weight in self.inputs.reward_function.weights.items():
+            if weight and not np.isfinite(metrics.get(f"reward/{name}", np.nan)):
+                self.console.print(f"reward axis '{name}' gave no score in this update: is there a segment for it?")
+        best = self.config.checkpointing.best.removeprefix("-")
+        if best and best not in metrics and not best.startswith("evaluation/"):
+            close = ", ".join(get_close_matches(best, metrics)) or "see metrics.jsonl"
+            self.console.print(f"checkpointing.best: '{best}' is no metric ({close}): nothing is kept as the best")
 
     def _recover(self, error: LearnersLostError) -> None:
         """Go back to the last checkpoint with new learners."""
@@ -287,27 +292,6 @@ class Trainer:
             mark_best(self.run_dir, folder, self.config.checkpointing.best, sign * float(np.mean(values)))
 
 
-def _in_order(played: Sequence[Played], count: int) -> Rollouts:
-    """Every episode once, in its place.
-
-    Raises:
-        RuntimeError: one is there twice, or missing.
-    """
-    places = [place for unit in played for place in unit.places]
-    if sorted(places) != list(range(count)):
-        raise RuntimeError(f"{count} episodes were asked for and {len(places)} came, {len(set(places))} different ones")
-    episodes = {place: e for unit in played for place, e in zip(unit.places, unit.episodes, strict=True)}
-    scores = {place: s for unit in played for place, s in zip(unit.places, unit.scores, strict=True)}
-    figures: dict[str, float] = {}
-    for unit in played:
-        for name, value in unit.figures.items():
-            figures[name] = figures.get(name, 0.0) + value
-    for name in [name for name in figures if name.endswith("/latency")]:  # a mean, the others are counts
-        figures[name] /= sum(name in unit.figures for unit in played)
-    order = range(count)
-    return Rollouts([episodes[i] for i in order], [scores[i] for i in order], figures, {})
-
-
 def _by_axis(result: AdvantageResult) -> dict[str, float]:
     named = {
         "reward": result.mean,
@@ -316,14 +300,6 @@ def _by_axis(result: AdvantageResult) -> dict[str, float]:
         "advantage_share": result.share,
     }
     return {f"{kind}/{axis}": value for kind, values in named.items() for axis, value in values.items()}
-
-
-def _flat(config: Config) -> dict[str, str | int | float | bool]:
-    scalars = {key: value for key, value in vars(config).items() if isinstance(value, str | int | float | bool)}
-    for name in ("trainer", "optimiser", "sampling", "context", "cluster"):
-        part = vars(getattr(config, name))
-        scalars.update({f"{name}.{k}": v for k, v in part.items() if isinstance(v, str | int | float | bool)})
-    return scalars
 
 
 def _line(update: int, updates: int, metrics: dict[str, float]) -> str:
@@ -365,6 +341,7 @@ def train(config: Config, console: Console | None = None) -> Path:
 
 def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     run_dir = prepare_run_dir(config)
+    check_data(run_dir, config.resume, {"segments": manifest_path(config.segments, "train")})
     with running(config, inputs, run_dir, console) as trainer:
         try:
             before, after = _evaluated(trainer)
@@ -412,6 +389,11 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
     console = console or make_console()
     with console.status("checking recordings and configuration"):
         inputs = load_inputs(config)
+    with claimed(config.run_dir):
+        return _evaluate(config, inputs, console)
+
+
+def _evaluate(config: Config, inputs: Inputs, console: Console) -> Path:
     run_dir = prepare_run_dir(config)
     with running(config, inputs, run_dir, console) as trainer:
         name = f"step_{trainer.update:06d}" if config.resume else "before"

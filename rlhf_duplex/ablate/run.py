@@ -74,8 +74,13 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """List the trials, what became of those that have run, and what is left out."""
+    """List the trials, what became of those that have run, and what is left out.
+
+    Raises:
+        InputError: one was run with another configuration.
+    """
     for trial in plan.trials:
+        check_same(trial.name, trial.config)
         state = "done" if _finished(trial) else read_record(plan.run_dir, trial.name).status
         overrides = " ".join(as_arguments(trial.condition.overrides)) or "(the base)"
         console.print(f"{trial.name}: {state}: {overrides}", soft_wrap=True, markup=False)
@@ -298,6 +303,12 @@ def write_tables(plan: Plan) -> list[Path]:
     return [*paths, plan.run_dir / "trials.csv"]
 
 
+def failed_trials(plan: Plan) -> list[str]:
+    """Names of the trials that failed and have no result."""
+    open_trials = (trial.name for trial in plan.trials if not _finished(trial))
+    return [name for name in open_trials if read_record(plan.run_dir, name).status == "failed"]
+
+
 def finish(plan: Plan, console: Console, stopped: str = "") -> Path:
     """Write the tables and the page, and say what is where."""
     from rlhf_duplex.report.comparison import build_comparison
@@ -306,9 +317,8 @@ def finish(plan: Plan, console: Console, stopped: str = "") -> Path:
     paths = write_tables(plan)
     if any(_finished(trial) for trial in plan.trials):
         paths.append(build_comparison(read_ablation(plan.run_dir), plan.run_dir / "report.html"))
-    failed = [t for t in plan.trials if not _finished(t) and read_record(plan.run_dir, t.name).status == "failed"]
-    if failed:
-        names = ", ".join(trial.name for trial in failed)
+    if failed := failed_trials(plan):
+        names = ", ".join(failed)
         console.print(f"{len(failed)} failed ({names}): --retry-failed starts them again", soft_wrap=True, markup=False)
     if stopped:
         console.print(f"{stopped}: the same command goes on", markup=False)

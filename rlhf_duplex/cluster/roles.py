@@ -76,6 +76,21 @@ class Played:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """The episodes of an update, in the order of groups and members, and their scores.
+
+    Attributes:
+        figures: what the reward axes say of their work.
+        seconds: by stage.
+    """
+
+    episodes: list[Episode]
+    scores: list[Scores]
+    figures: dict[str, float]
+    seconds: dict[str, float]
+
+
 def make_units(
     segments: Sequence[Segment],
     seeds: Sequence[int],
@@ -101,6 +116,27 @@ def make_units(
             chosen, drawn = tuple(segments[i] for i in own), tuple(seeds[i] for i in own)
             units.append(Unit(tuple(own), chosen, drawn, tuple(contexts[i] for i in own), audio, live))
     return units
+
+
+def in_order(played: Sequence[Played], count: int) -> Rollouts:
+    """All that was played, every episode once, in its place.
+
+    Raises:
+        RuntimeError: one is there twice, or missing.
+    """
+    places = [place for unit in played for place in unit.places]
+    if sorted(places) != list(range(count)):
+        raise RuntimeError(f"{count} episodes were asked for and {len(places)} came, {len(set(places))} different ones")
+    episodes = {place: e for unit in played for place, e in zip(unit.places, unit.episodes, strict=True)}
+    scores = {place: s for unit in played for place, s in zip(unit.places, unit.scores, strict=True)}
+    figures: dict[str, float] = {}
+    for unit in played:
+        for name, value in unit.figures.items():
+            figures[name] = figures.get(name, 0.0) + value
+    for name in [name for name in figures if name.endswith("/latency")]:  # a mean, the others are counts
+        figures[name] /= sum(name in unit.figures for unit in played)
+    order = range(count)
+    return Rollouts([episodes[i] for i in order], [scores[i] for i in order], figures, {})
 
 
 def load_policy(config: Config, device: str = "", number_type: str = "") -> tuple[Bundle, MoshiPolicy]:

@@ -16,7 +16,7 @@ import numpy as np
 from envs.audio import audio_info, read_audio, write_audio
 from envs.dialogues import UserSides
 from envs.episode import Episode, Word
-from envs.files import write_text
+from envs.files import file_name, write_text
 from envs.segments import Segment
 from envs.speech import Interval
 from envs.vector import DuplexDialogueVectorEnv
@@ -75,8 +75,7 @@ def converse(
             )
         for number, episode in enumerate(episodes):
             segment = chosen[number // samples]
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in segment.id)
-            path = out / f"{name}-{number % samples}.wav"
+            path = out / f"{file_name(segment.id)}-{number % samples}.wav"
             entries.append(_write(path, episode, streams))
     lines = [json.dumps({"path": e.path.name, "duration": round(e.duration or 0.0, 3)}) + "\n" for e in entries]
     listing = out / "conversations.jsonl"

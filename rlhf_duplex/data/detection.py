@@ -20,6 +20,7 @@ from rlhf_duplex.data.recordings import Recording, check_recording, files_finger
 
 _VERSION = 1
 _ENOUGH_WORDS, _LEAST_AGREEMENT, _SLACK_SECONDS = 20, 0.5, 0.3
+_ENOUGH_SECONDS, _SAME_SHARE = 10.0, 0.9
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,12 @@ def detect(layout: str, recording: Recording, voice: VoiceActivity, folder: Path
     )
     if last > seconds + voice.length_tolerance:
         warnings.append(f"its transcript or speech times go on to {last:.1f} s, the audio only to {seconds:.1f} s")
-    warnings += disagreements(words, speech)
+    warnings += disagreements(words, speech) + silent_sides(speech, seconds)
+    if same_speaker(speech):
+        raise InputError(
+            f"{recording.audio_paths[0]}: both sides speak at the same times: one channel doubled, or both microphones "
+            "hear both speakers; give a recording with one speaker a channel"
+        )
     kept = [[Interval(round(s, 4), round(e, 4)) for s, e in clip_intervals(side, 0.0, seconds)] for side in speech]
     Detection(recording.id, seconds, (kept[0], kept[1]), sum(map(len, words)), tuple(warnings)).save(path)
     return path, seconds
@@ -132,6 +138,23 @@ def _sources(recording: Recording) -> list[tuple[Path, Sequence[int]]]:
     if recording.is_split:
         return [(side.path, [side.channel]) for side in recording.sides]
     return [(recording.sides[0].path, [side.channel for side in recording.sides])]
+
+
+def silent_sides(speech: Sequence[Sequence[Interval]], seconds: float) -> list[str]:
+    """A side on which nobody speaks, in a recording long enough to tell."""
+    quiet = [side for side, intervals in enumerate(speech) if not intervals and seconds >= _ENOUGH_SECONDS]
+    return [f"no speech on channel {side} in {seconds:.0f} s: is it the speaker's?" for side in quiet]
+
+
+def same_speaker(speech: tuple[Sequence[Interval], Sequence[Interval]]) -> bool:
+    """Whether nearly all speech of the two sides is at the same times, which people do not do for long."""
+    both, i, j = 0.0, 0, 0
+    while i < len(speech[0]) and j < len(speech[1]):
+        one, other = speech[0][i], speech[1][j]
+        both += one.overlap(other)
+        i, j = (i + 1, j) if one.end <= other.end else (i, j + 1)
+    either = sum(interval.duration for side in speech for interval in side) - both
+    return both >= _ENOUGH_SECONDS / 2 and both > _SAME_SHARE * either
 
 
 def disagreements(words: Sequence[Sequence[Word]], speech: Sequence[Sequence[Interval]]) -> list[str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.episode import Episode
-from envs.errors import InputError
-from envs.files import write_text
+from envs.files import file_name, write_text
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
@@ -103,20 +102,10 @@ def record_suite(
 def take_before(config: Config, run_dir: Path) -> dict[str, Any]:
     """The result `evaluation.before` and the episodes beside it, copied to the run folder in place of playing them.
 
-    Raises:
-        InputError: there is no such result, or it is of another checkpoint, lead-in or number of samples.
+    That it is a result of the same is checked by `rlhf_duplex.inputs.load_inputs`.
     """
     source = Path(config.evaluation.before or "")
     record = read_results(source)
-    mine = {
-        "checkpoint": config.checkpoint,
-        "lead_in_seconds": config.context.lead_in,
-        "samples": config.evaluation.samples,
-        "update": 0,
-    }
-    for key, value in mine.items():
-        if record.get(key) != value:
-            raise InputError(f"evaluation.before: {source} was measured with {key} {record.get(key)}, not {value}")
     folder = run_dir / "evaluation"
     if source.with_suffix("").is_dir():
         shutil.copytree(source.with_suffix(""), folder / "before", dirs_exist_ok=True)
@@ -136,12 +125,7 @@ def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Sc
         if episode.segment.id in ids or len(ids) >= per_axis:
             continue
         ids.add(episode.segment.id)
-        place = folder / _safe_name(episode.segment.id)
+        place = folder / file_name(episode.segment.id)
         episode.save(place)
         record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
         write_text(place / "scores.json", json.dumps(record, ensure_ascii=False))
-
-
-def _safe_name(identifier: str) -> str:
-    """An id as the name of a folder: whatever could leave the folder is replaced."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in identifier)[:120]

@@ -30,7 +30,10 @@ def check_prompt(config: PromptConfig) -> None:
         InputError: the first that is wrong.
     """
     if config.voice is not None:
-        audio_info(Path(config.voice))
+        try:
+            audio_info(Path(config.voice))
+        except InputError as error:
+            raise InputError(f"prompt.voice {config.voice} is no recording of a voice ({error})") from error
     if not (config.silence_seconds >= 0 and math.isfinite(config.silence_seconds)):
         raise InputError(f"prompt.silence_seconds must be at least 0, found {config.silence_seconds}")
 

@@ -1,7 +1,7 @@
 """`rlhf-duplex warmstart`: pairs and a checkpoint in, a run folder with a better checkpoint and a report out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.run_folder import make_console, prepare_run_dir, progress, stop_requests
-from rlhf_duplex.tracking import MetricsLog, read_metrics
+from rlhf_duplex.run_folder import check_data, claimed, make_console, prepare_run_dir, progress, stop_requests
+from rlhf_duplex.tracking import MetricsLog, flat, read_metrics
 from rlhf_duplex.warmstart.config import DECIDES_NUMBERS, MAY_CHANGE, WarmstartConfig
 from rlhf_duplex.warmstart.reference import read_references, reference_key, score_pairs, write_references
 from rlhf_duplex.warmstart.trainer import PairDataset, PreferenceTrainer
@@ -221,7 +221,7 @@ def _training(
     config: WarmstartConfig, run_dir: Path, console: Console, done: int, steps: int, held_out: bool
 ) -> Iterator[Any]:
     main = PartialState().is_main_process
-    log = MetricsLog(run_dir, config.trackers, _flat(config), done) if main else None
+    log = MetricsLog(run_dir, config.trackers, flat(config), done) if main else None
     try:
         with stop_requests() as stopped, progress(console, "warm start", steps - done) as advance:
             every = config.evaluation.every if held_out else None
@@ -229,14 +229,6 @@ def _training(
     finally:
         if log is not None:
             log.close()
-
-
-def _flat(config: WarmstartConfig) -> dict[str, str | int | float | bool]:
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in vars(config).items():
-        parts = {f"{key}.{k}": v for k, v in vars(value).items()} if hasattr(value, "__dict__") else {key: value}
-        flat.update({k: v for k, v in parts.items() if isinstance(v, str | int | float | bool)})
-    return flat
 
 
 def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
@@ -255,9 +247,22 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         pairs = read_pairs(Path(config.pairs))
         train, held_out = split_pairs(pairs, config.evaluation.pairs, config.training.at_most)
         suite = Suite(config)
-    run_dir = Path(config.run_dir)
+    with claimed(config.run_dir) if main else nullcontext():
+        return _warmstart(config, machine, train, held_out, suite, console)
+
+
+def _warmstart(
+    config: WarmstartConfig,
+    machine: PartialState,
+    train: Sequence[Pair],
+    held_out: Sequence[Pair],
+    suite: Suite,
+    console: Console,
+) -> Path:
+    run_dir, main = Path(config.run_dir), machine.is_main_process
     if main:
         prepare_run_dir(config, partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE))
+        check_data(run_dir, config.resume, {"pairs": Path(config.pairs)})
     machine.wait_for_everyone()
     torch.manual_seed(config.seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]

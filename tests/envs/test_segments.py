@@ -3,6 +3,7 @@ import json
 import pytest
 
 from envs import InputError, read_manifest, write_manifest
+from envs.files import file_name
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write_rows, row):
@@ -16,6 +17,20 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write
     assert line["recording"] == "../dialogue.flac"  # relative to the manifest it stands in
     again = read_manifest(tmp_path / "deeper" / "copy.jsonl")
     assert [(s.id, s.events, s.transcript) for s in again] == [(s.id, s.events, s.transcript) for s in segments]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(write_dialogue, write_rows, row):
+    write_dialogue()
+    path = write_rows(row())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [segment.id for segment in read_manifest(path)] == ["s0"]
+
+
+def test_ids_as_file_names_stay_apart_and_in_their_folder():
+    assert file_name("d0-turn_1") == "d0-turn_1"
+    names = [file_name(identifier) for identifier in ("a/b", "a_b", "a:b", "../a", "..", "x" * 300, "x" * 301)]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and "." not in name and len(name) < 120 for name in names)
 
 
 def test_a_file_for_each_speaker(tmp_path, write_dialogue, write_rows, row):

@@ -5,6 +5,7 @@ import pytest
 import rewards.axis
 from envs import InputError
 from rewards import RewardAxis, Score, checked_scores, find_axis, make_axis, register_axis, registered_axes
+from rewards.aggregate import RewardFunction, RewardSpec
 from rewards.axis import axes_in_file
 
 BUILT_IN = {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
@@ -62,6 +63,29 @@ def test_unknown_names_options_and_targets():
     ]:
         with pytest.raises(InputError, match=f"reward axis 'mine': .*{message}"):
             find_axis("mine", target)
+
+
+def test_what_an_axis_of_ones_own_gets_wrong_names_it():
+    @register_axis
+    class Charm(RewardAxis):
+        name = "charm"
+
+        def __init__(self, least=0, most=1, to=("turn_taking",)):
+            if least > most:
+                raise ValueError(f"least {least} is above most {most}")
+            self.applies_to = to
+
+        def prepare(self, segments):
+            raise KeyError("voice")
+
+    with pytest.raises(InputError, match="reward axis 'charm': least 2 is above most 1"):
+        make_axis("charm", least=2)
+    for to in (("turn_takin",), ["turn_taking"], "turn_taking"):
+        with pytest.raises(InputError, match="reward axis 'charm': `applies_to` must be a tuple of pause_handling, "):
+            make_axis("charm", to=to)
+    with pytest.raises(KeyError) as raised:
+        RewardFunction({"charm": RewardSpec()}).prepare([])
+    assert raised.value.__notes__ == ["in `prepare` of reward axis 'charm'"]
 
 
 @pytest.mark.parametrize("text", ["def broken(:", "import no_such_module_at_all", "nothing_of_that_name"])

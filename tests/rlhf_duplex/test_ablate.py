@@ -133,7 +133,7 @@ def test_the_page_says_which_failed_and_why(ended):
 def test_what_has_ended_is_not_run_again(ended, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)  # would fail, were a trial started
     before = {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
-    ablate(ended)
+    assert main(["ablate", str(ended.run_dir.parent / "ablation.yaml")]) == 1  # four of them have failed
     assert before == {p: p.stat().st_mtime_ns for p in (ended.run_dir / "trials").rglob("*") if p.is_file()}
 
 
@@ -184,6 +184,8 @@ def test_another_configuration_in_the_same_folder_is_refused(ended, tmp_path):
     changed = load_plan(path, ["trainer.clip=0.5"])
     with pytest.raises(InputError, match=r"trainer\.clip was 0\.2 and is 0\.5\): choose another folder"):
         ablate(changed)
+    with pytest.raises(InputError, match=r"trainer\.clip was 0\.2"):  # a dry run says what the run would say
+        show_plan(changed, make_console())
     assert load_plan(path, [f"run_dir={tmp_path}/run"]).run_dir == tmp_path / "run"
 
 

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help at once, errors in a line with exit code 2, before a model is loaded."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from safetensors import SafetensorError
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import NANO_FOLDER
-from rlhf_duplex.run_folder import claimed
+from rlhf_duplex.run_folder import check_data, claimed
 from rlhf_duplex.warmstart.config import load_warmstart_config
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +154,11 @@ def test_bad_audio(tmp_path, capsys):
         ("rollout.batch_size=-1", "rollout.batch_size must be a number of at least 0, found -1"),
         ("seed=99999999999999999999999", "seed must be below 2^63"),
         ("context.schedule=steep", "context schedule 'steep' is not known"),
+        ("train_axes=backchannel", "'train_axes' is a list: write train_axes=[ONE, ANOTHER]"),
+        ("trainer=3", "a section of the configuration has keys, such as trainer.updates"),
+        ("run_dir=", "'run_dir' must have a value"),
+        ("rewards={}", "no reward axis is configured"),
+        ("prompt.voice=nowhere.wav", "prompt.voice nowhere.wav is no recording of a voice"),
         ("device=abacus", "device 'abacus' cannot be used"),
         ("trackers=[abacus]", "tracker 'abacus' is not known"),
     ],
@@ -185,6 +192,8 @@ def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys):
     (tmp_path / "run" / "evaluation").mkdir(parents=True)
     with claimed(tmp_path / "run"):
         assert "another run is writing to" in failing(capsys, f"run_dir={tmp_path / 'run'}")
+        assert main(["evaluate", f"run_dir={tmp_path / 'run'}"]) == 2
+        assert "another run is writing to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not put aside, and the lock is gone
     with claimed(tmp_path / "run"):  # free again
         pass
@@ -208,6 +217,47 @@ def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     assert "has no checkpoint" in failing(capsys, f"run_dir={tmp_path / 'run'}", "resume=true")
+
+
+def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
+    path, run = manifest(tmp_path), tmp_path / "run"
+    write(tmp_path, noise())
+    run.mkdir()
+    check_data(run, False, {"segments": path})
+    check_data(run, True, {"segments": path})
+    manifest(tmp_path, end=2.5)
+    assert "segments.jsonl is not what it was when this run began" in failing(
+        capsys, f"run_dir={run}", f"segments={path}", "resume=true"
+    )
+    check_data(run, False, {"segments": path})  # a run that begins anew takes what there is
+
+
+def test_a_result_before_training_of_other_segments_is_refused(tmp_path, capsys):
+    record = {"checkpoint": "nano", "lead_in_seconds": 1.0, "samples": 1, "update": 0, "axes": {}}
+    found = tmp_path / "before.json"
+    found.write_text(json.dumps(record | {"segments": {"turn_taking": {"reward": {"elsewhere": 0.0}}}}))
+    arguments = [f"run_dir={tmp_path / 'run'}", f"evaluation.before={found}", "context.lead_in=1"]
+    assert "has nothing of 8 of 8 held-out segments, such as" in failing(capsys, *arguments, "evaluation.limit=2")
+    assert "was measured with samples 1, not 2" in failing(capsys, *arguments, "evaluation.samples=2")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    errors = iter(
+        [
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoints/model.safetensors"),
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            OSError(errno.EIO, os.strerror(errno.EIO)),
+        ]
+    )
+
+    def train(_):
+        raise next(errors)
+
+    monkeypatch.setattr("rlhf_duplex.trainer.train", train)
+    assert "the disk is full" in failing(capsys)
+    assert "the disk is full" in failing(capsys)
+    with pytest.raises(OSError, match="Input/output"):
+        main(["train"])
 
 
 def test_a_report_of_nothing(tmp_path, capsys):

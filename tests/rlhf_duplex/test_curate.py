@@ -194,6 +194,24 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_a_doubled_and_a_dead_channel_are_told(tmp_path, capsys):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    users = [soundfile.read(str(NANO_DATA / "heldout" / f"{number:04d}.ogg"))[0][:, 1] for number in range(8)]
+    rate = soundfile.info(str(NANO_DATA / "heldout" / "0000.ogg")).samplerate
+    user = np.concatenate(users)
+    other = np.concatenate([user[len(user) // 3 :], user[: len(user) // 3]])
+    for name, agent in (("doubled", 0.7 * user), ("dead", 0 * user), ("good", other)):
+        soundfile.write(str(folder / f"{name}.wav"), np.stack([agent, user], 1), rate)
+    arguments = ["curate", str(folder), "--out", str(tmp_path / "o.jsonl"), *SHORT_ARGUMENTS]
+    assert main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "doubled.wav: both sides speak at the same times: one channel doubled" in shown
+    assert f"no speech on channel 0 in {len(user) / rate:.0f} s" in shown
+    assert "good.wav: both sides" not in shown
+    assert {segment.recording.stem for segment in read_manifest(tmp_path / "o.jsonl")} <= {"dead", "good"}
+
+
 def test_encoded_users_are_those_that_training_reads(tmp_path, nano, capsys):
     make_corpus(tmp_path / "c", 4)
     out, codes = tmp_path / "segments.jsonl", tmp_path / "codes"

@@ -49,6 +49,26 @@ def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkey
     assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
 
 
+def test_the_first_update_tells_what_no_configuration_could(tmp_path, capsys):
+    axes = tmp_path / "axes.py"
+    axes.write_text(
+        "from rewards import RewardAxis\nclass Mute(RewardAxis):\n    name = 'mute'\n"
+        "    def score_episode(self, episode):\n        return None\n"
+    )
+    run(
+        tmp_path / "run",
+        f"rewards={{turn_taking: {{weight: 1}}, mute: {{weight: 1, target: {axes}}}}}",
+        "checkpointing.best=reward/totl",
+        "train_axes=[turn_taking]",
+        "evaluation.episodes=0",
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("reward axis 'mute' gave no score in this update") == 1
+    assert shown.count("checkpointing.best: 'reward/totl' is no metric (reward/total") == 1
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "backchannel" not in config.partition("rewards:")[2]  # the command line's rewards are all there are
+
+
 def test_rl_trains_in_live_dialogues(tmp_path):
     live = ["env=live", "live.dialogues=4", "live.seconds=6", "live.lead_in=0.4", "rewards={fluency: {weight: 1.0}}"]
     first = run(tmp_path / "one", *live, "evaluation.episodes=0")

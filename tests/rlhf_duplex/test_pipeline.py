@@ -210,6 +210,16 @@ def test_the_shipped_pipeline_has_the_stages_of_the_whole_way():
     assert [stage.arguments[0] for stage in pipeline.stages] == ["curate", "pairs", "warmstart", "train", "report"]
 
 
+def test_a_folder_with_spaces_is_one_word(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "run_dir: x\nstages: {a: {run: 'report ${run_dir}/rl --out \"my page.html\"', makes: '${run_dir}/y'}}\n"
+    )
+    (stage,) = load_pipeline(path, ["run_dir=runs/my first"]).stages
+    assert stage.arguments == ("report", "runs/my first/rl", "--out", "my page.html")
+    assert stage.makes == (Path("runs/my first/y"),)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -221,6 +231,7 @@ def test_the_shipped_pipeline_has_the_stages_of_the_whole_way():
         ("run_dir: x\nstages: {a: {run: report x, makes: y, when: z}}\n", "unknown key `when`"),
         ("run_dir: x\nstages: {a/b: {run: report x, makes: y}}\n", "a name has letters"),
         ("run_dir: x\nstages: {a: {run: 'report ${where}', makes: y}}\n", "where"),
+        ('run_dir: x\nstages: {a: {run: "report \'x", makes: y}}\n', "stage 'a': `run` cannot be read"),
         ("run_dir: [\n", "is not valid YAML"),
     ],
 )

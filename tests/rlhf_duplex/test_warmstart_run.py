@@ -22,6 +22,7 @@ from rlhf_duplex.cli import main
 from rlhf_duplex.data.pair import read_pairs, stream_format, write_pairs
 from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.policy.bundle import load_bundle
+from rlhf_duplex.run_folder import check_data, claimed
 from rlhf_duplex.tracking import read_metrics
 from rlhf_duplex.warmstart.run import references_of, split_pairs
 from rlhf_duplex.warmstart.trainer import PairDataset, PreferenceTrainer
@@ -151,6 +152,16 @@ class TestRun:
     def test_another_configuration_is_not_resumed(self, finished):
         with pytest.raises(InputError, match=r"loss.beta was 0.3 and is 0.5"):
             run(finished, resume="true", loss__beta=0.5)
+
+    def test_one_at_a_time_and_resumed_with_the_same_pairs(self, folder):
+        with claimed(folder / "run"), pytest.raises(InputError, match="another run is writing to"):
+            run(folder)
+        (folder / "run").mkdir()
+        check_data(folder / "run", False, {"pairs": folder / "pairs.jsonl"})
+        lines = (folder / "pairs.jsonl").read_text().splitlines()
+        (folder / "pairs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+        with pytest.raises(InputError, match=r"pairs\.jsonl is not what it was when this run began"):
+            run(folder, resume="true")
 
 
 def arguments_of(folder):
