@@ -5,6 +5,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_duplex.data import curate_options
 from rlhf_duplex.data.pair_arguments import add_commands as add_pair_commands
@@ -52,12 +53,23 @@ REWARDS_HELP = """examples:
   rlhf-duplex rewards check my_axes.py --episodes runs/mine/evaluation/after"""
 
 
+class _Version(argparse.Action):
+    """Prints versions, which takes imports that `--help` should not wait for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from rlhf_duplex.run_folder import versions
+
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="rlhf-duplex",
         description="Teach a full-duplex speech model when to speak: GRPO on timing rewards.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this, and of what decides a run's numbers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     configured = (
         ("warmstart", "preference optimisation (DPO-LN) on pairs, offline; evaluates before and after", WARMSTART_HELP),

@@ -4,10 +4,12 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
 
 
 def check_data(run_dir: Path, resume: bool, files: Mapping[str, Path]) -> None:
-    """Note in the run folder's `data.json` what is learned from; a run that is resumed must find it as it was.
+    """Note in `provenance.json` what is learned from, and versions; a resumed run must find its data unchanged.
 
     Args:
         run_dir: the run folder, made.
@@ -67,17 +69,28 @@ def check_data(run_dir: Path, resume: bool, files: Mapping[str, Path]) -> None:
     Raises:
         InputError: one of them has changed since the run began.
     """
-    path, now = run_dir / "data.json", {}
-    for key, file in files.items():
-        now[key] = hashlib.sha256(file.read_bytes()).hexdigest()
-    before = json.loads(path.read_text()) if resume and path.is_file() else {}
+    path = run_dir / "provenance.json"
+    now = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    before = json.loads(path.read_text())["sha256"] if resume and path.is_file() else {}
     for key, digest in now.items():
         if before.get(key, digest) != digest:
             raise InputError(
                 f"resume: {files[key]} is not what it was when this run began: put the old one back, or start without "
                 f"resume=true (remove {path} to go on with what there is now)"
             )
-    write_text(path, json.dumps(now, indent=1) + "\n")
+    write_text(path, json.dumps({"sha256": now, "versions": versions()}, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers: equal seeds give equal runs with these, on one machine."""
+    packages = ("rlhf-duplex", "moshi", "torch", "numpy", "transformers", "silero-vad")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[name] = "not installed"
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,7 @@ def failing(capsys, *arguments):
 def test_help_names_the_commands_and_imports_nothing_heavy():
     shown = run("--help")
     assert shown.returncode == 0
+    assert re.match(r"python 3\.\d+\.\d+, rlhf-duplex \S+, moshi 0\.", run("--version").stdout)
     commands = ("curate", "pairs", "converse", "warmstart", "pipeline", "train", "evaluate", "ablate", "report")
     assert all(name in shown.stdout for name in commands)
     code = "import rlhf_duplex.cli, sys; rlhf_duplex.cli.build_parser(); print('torch' in sys.modules)"
@@ -225,6 +227,7 @@ def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
     run.mkdir()
     check_data(run, False, {"segments": path})
     check_data(run, True, {"segments": path})
+    assert json.loads((run / "provenance.json").read_text())["versions"].keys() > {"python", "moshi", "torch"}
     manifest(tmp_path, end=2.5)
     assert "segments.jsonl is not what it was when this run began" in failing(
         capsys, f"run_dir={run}", f"segments={path}", "resume=true"
