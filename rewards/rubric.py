@@ -188,7 +188,8 @@ def check_answer(record: Mapping[str, Any], rubric: Rubric) -> Verdict:
     reason, free = record[REASON], record[rubric.text] if rubric.text else ""
     if not isinstance(reason, str) or not isinstance(free, str):
         raise ValueError(f"`{REASON}` and the free text must be strings")
-    return Verdict(scores, reason, free)
+    whole = [text.encode(errors="replace").decode() for text in (reason, free)]  # no half of a surrogate pair
+    return Verdict(scores, whole[0], whole[1])
 
 
 def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def _finish(
     for _, part in parts:
         counts.update(part.counts)
     for name, error in errors[:10]:
-        console.print(f"skipped {name}: {error}", markup=False, soft_wrap=True)
+        console.print(f"skipped {name}: {error}", soft_wrap=True)
     if len(errors) > 10:
         console.print(f"... and {len(errors) - 10} more were skipped")
     console.print(_table(pairs, counts))

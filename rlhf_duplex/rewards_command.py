@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from envs.episode import Episode, recorded_episode
 from envs.errors import InputError
@@ -27,10 +27,10 @@ def list_axes(name: str | None, console: Console) -> None:
     """
     if name is not None:
         cls = find_axis(name)
-        console.print(f"[bold]{escape(name)}[/] ({escape(cls.__module__)}:{cls.__qualname__})")
+        console.print(Text.assemble((name, "bold"), f" ({cls.__module__}:{cls.__qualname__})"))
         console.print(f"scores segments of {', '.join(cls.applies_to)}\n", highlight=False)
-        console.print(escape(inspect.cleandoc(cls.__doc__ or "no docstring")), highlight=False)
-        console.print(f"\noptions: {escape(', '.join(_options(cls)) or 'none')}", highlight=False)
+        console.print(inspect.cleandoc(cls.__doc__ or "no docstring"), highlight=False)
+        console.print(f"\noptions: {', '.join(_options(cls)) or 'none'}", highlight=False)
         return
     table = Table(title="reward axes", title_justify="left")
     for column in ("name", "scores segments of", "options", "what it says"):
@@ -38,7 +38,7 @@ def list_axes(name: str | None, console: Console) -> None:
     for known, cls in sorted(registered_axes().items()):
         applies = "all axes" if set(cls.applies_to) == set(SEGMENT_AXES) else ", ".join(cls.applies_to)
         first = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        table.add_row(known, applies, escape(", ".join(_options(cls))), escape(first))
+        table.add_row(known, applies, ", ".join(_options(cls)), first)
     console.print(table)
     console.print("rlhf-duplex rewards NAME says more; a config has `rewards: {NAME: {weight: 1.0, OPTION: ...}}`")
 
@@ -134,12 +134,14 @@ def _saved_episodes(folder: Path) -> list[Episode]:
 
 
 def _print(name: str, report: ContractReport, console: Console) -> None:
-    console.print(f"[bold]{escape(name)}[/]")
-    for mark, lines in (("[green]ok[/]    ", report.passed), ("[red]wrong[/] ", report.wrong)):
+    console.print(name, style="bold")
+    for mark, colour, lines in (
+        ("ok", "green", report.passed),
+        ("wrong", "red", report.wrong),
+        ("hm", "yellow", report.doubtful),
+    ):
         for line in lines:
-            console.print(f"  {mark} {escape(line)}", highlight=False, soft_wrap=True)
-    for line in report.doubtful:
-        console.print(f"  [yellow]hm[/]     {escape(line)}", highlight=False, soft_wrap=True)
+            console.print(Text.assemble("  ", (mark.ljust(6), colour), " ", line), highlight=False, soft_wrap=True)
     if report.values:
         low, high = min(report.values), max(report.values)
         mean = sum(report.values) / len(report.values)

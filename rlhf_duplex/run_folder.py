@@ -150,8 +150,11 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def make_console() -> Console:
-    """The terminal as it is; where there is none (a log file), wide enough for the table."""
-    return Console() if sys.stdout.isatty() else Console(width=130)
+    """The terminal as it is; where there is none (a log file), wide enough for the table.
+
+    Paths, names of axes and what a judge says are printed as they are: `[red]` in them is no markup.
+    """
+    return Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False)
 
 
 @contextmanager

@@ -49,13 +49,20 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last line that a kill cut short; empty where there is no file."""
+    """The lines of a metrics.jsonl, without a last line that a kill cut short; empty where there is no file.
+
+    Raises:
+        InputError: a line holds something else.
+    """
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+            raise InputError(f"{path} is damaged: a line is {line[:60]!r}, not an update's figures")
+        lines.append(row)
     return lines
 
 

@@ -129,7 +129,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     fits = max(totals) / GIB <= limit
     console.print(
         f"dry run: the configuration holds; {max(totals) / GIB:.1f} GiB on the fullest of {count} GPUs "
-        f"{'fits' if fits else '[red]does not fit[/red]'} {limit:g} GiB; {trainer.updates} updates take "
+        f"{'fits' if fits else 'does not fit'} {limit:g} GiB; {trainer.updates} updates take "
         f"{trainer.updates * seconds['all'] / 3600:.1f} h; nothing was loaded or written"
     )
     return {

@@ -358,7 +358,7 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     console.print(format_table(before, after))
     if inputs.held_out_is_training:
         console.print("measured on the training segments: give evaluation.segments for held-out ones")
-    console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}")
+    console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}", soft_wrap=True)
     return run_dir
 
 
@@ -403,5 +403,5 @@ def _evaluate(config: Config, inputs: Inputs, console: Console) -> Path:
             raise KeyboardInterrupt from None
     console.print(format_table(results, None))
     path = run_dir / "evaluation" / f"{name}.json"
-    console.print(f"wrote {path}")
+    console.print(f"wrote {path}", soft_wrap=True)
     return path

@@ -152,4 +152,4 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _shown(name: str, estimate: Mapping[str, float]) -> str:
-    return f"{name} {estimate['mean']:.2f} \\[{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return f"{name} {estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"

@@ -58,7 +58,7 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
         if retry_failed:
             _forget_failures(plan)
         for skipped in plan.skipped:
-            console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True, markup=False)
+            console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True)
         told = False
 
         def stopping() -> bool:
@@ -83,10 +83,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         check_same(trial.name, trial.config)
         state = "done" if _finished(trial) else read_record(plan.run_dir, trial.name).status
         overrides = " ".join(as_arguments(trial.condition.overrides)) or "(the base)"
-        console.print(f"{trial.name}: {state}: {overrides}", soft_wrap=True, markup=False)
+        console.print(f"{trial.name}: {state}: {overrides}", soft_wrap=True)
     for skipped in plan.skipped:
-        console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True, markup=False)
-    console.print(f"{len(plan.trials)} trials in {plan.run_dir}", markup=False)
+        console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True)
+    console.print(f"{len(plan.trials)} trials in {plan.run_dir}")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ class _Log:
             times = f"{record.attempts} attempt{'s' * (record.attempts != 1)}"
             what += f" after {times} ({record.kind}: {record.why})"
         line = f"[{self.ended}/{len(self.trials)}] {what}, {record.seconds / 60:.1f} min"
-        self.console.print(line, soft_wrap=True, markup=False)
+        self.console.print(line, soft_wrap=True)
         write_tables(self.plan)
 
     def spent(self) -> str:
@@ -222,7 +222,7 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
         return [_job(plan, make_trial(plan.config, plan.shared, condition, seed)) for seed in plan.seeds]
 
     def ended(name: str, record: Record) -> None:
-        log.console.print(f"point {name} has ended", markup=False)
+        log.console.print(f"point {name} has ended")
 
     workers = plan.config.workers
     run_search(search, plan.run_dir.resolve(), known, jobs, workers, plan.config.ray, stop, ended)
@@ -319,8 +319,8 @@ def finish(plan: Plan, console: Console, stopped: str = "") -> Path:
         paths.append(build_comparison(read_ablation(plan.run_dir), plan.run_dir / "report.html"))
     if failed := failed_trials(plan):
         names = ", ".join(failed)
-        console.print(f"{len(failed)} failed ({names}): --retry-failed starts them again", soft_wrap=True, markup=False)
+        console.print(f"{len(failed)} failed ({names}): --retry-failed starts them again", soft_wrap=True)
     if stopped:
-        console.print(f"{stopped}: the same command goes on", markup=False)
-    console.print(f"wrote {', '.join(str(path) for path in paths)}", soft_wrap=True, markup=False)
+        console.print(f"{stopped}: the same command goes on")
+    console.print(f"wrote {', '.join(str(path) for path in paths)}", soft_wrap=True)
     return plan.run_dir

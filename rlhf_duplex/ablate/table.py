@@ -74,7 +74,7 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> list[
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             if path.suffix == ".csv":
-                table.to_csv(temporary, index=False)
+                table.to_csv(temporary, index=False, errors="replace")
             else:
                 table.to_parquet(temporary, index=False)
             os.replace(temporary, path)

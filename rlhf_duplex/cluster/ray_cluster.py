@@ -85,7 +85,7 @@ class RayCluster:
                 f"gave up after {self.failures} failures (cluster.max_failures={limit}), the last: {why}; "
                 "go on from the last checkpoint with resume=true"
             )
-        self._console.print(f"[yellow]failure {self.failures} of at most {limit}:[/yellow] {why}", soft_wrap=True)
+        self._console.print(f"failure {self.failures} of at most {limit}: {why}", style="yellow", soft_wrap=True)
 
     def begin(self, units: Sequence[Unit]) -> None:
         self._publish()
@@ -129,7 +129,7 @@ class RayCluster:
         except (GoneError, ClusterError) as error:
             # Whoever is dead is found out when it is asked next; the others get the weights in the other way.
             self._broadcasters = []
-            self._console.print(f"[yellow]no broadcast this time:[/yellow] {error}", soft_wrap=True)
+            self._console.print(f"no broadcast this time: {error}", style="yellow", soft_wrap=True)
             return False
         self.pool.mark_version(self._version, workers)
         return True

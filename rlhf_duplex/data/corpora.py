@@ -101,6 +101,9 @@ def find_corpus(path: Path, layout: str = "auto") -> tuple[str, list[Recording],
     for item in CORPORA[layout].recordings(path, files):
         if isinstance(item, Problem):
             problems.append(item)
+        elif any(not _is_text(path) for path in item.audio_paths + item.sidecars):
+            shown = item.id.encode(errors="replace").decode()
+            problems.append(Problem(shown, "its name, or a file's, is not UTF-8: rename it"))
         elif item.id in found:
             raise InputError(f"two recordings of {path} are called '{item.id}': rename one, or curate them apart")
         else:
@@ -109,6 +112,13 @@ def find_corpus(path: Path, layout: str = "auto") -> tuple[str, list[Recording],
         first = f"; the first thing that is wrong: {problems[0].recording}: {problems[0].message}" if problems else ""
         raise InputError(f"{path} holds no recording in the layout of {layout}{first}")
     return layout, [found[name] for name in sorted(found)], problems
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:  # bytes that are no text, which a manifest cannot name
+        return False
 
 
 def _identity(file: Path, root: Path) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from envs.episode import Word
 from envs.errors import InputError
@@ -28,6 +29,7 @@ from rlhf_duplex.data.detection import Detection, detect
 from rlhf_duplex.data.recordings import Problem, Recording
 from rlhf_duplex.data.selection import Found, spread
 from rlhf_duplex.data.summary import print_summary
+from rlhf_duplex.run_folder import make_console
 
 STALLED_SECONDS = 3600.0
 _RETRIES = 1
@@ -69,10 +71,10 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     Raises:
         InputError: what the user can fix; with `options.strict` also the first recording that is wrong.
     """
-    console = console or Console()
+    console = console or make_console()
     check_options(options)
     work = _prepare(out)
-    with console.status(f"looking through {corpus}"):
+    with console.status(Text(f"looking through {corpus}")):
         layout, recordings, problems = find_corpus(corpus, options.format)
     if options.strict and problems:
         raise InputError(f"{problems[0].recording}: {problems[0].message}")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from envs.errors import InputError
-from envs.files import read_json_lines
+from envs.files import read_json_lines, write_text
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.codec import mimi_fingerprint
@@ -179,7 +179,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair], streams: StreamFormat) -> Non
         folder.mkdir(exist_ok=True)
         _replace(shard, data)
         lines += [_line(pair, f"{folder.name}/{shard.name}", streams) for pair in part]
-    _replace(path, "".join(lines).encode())
+    write_text(path, "".join(lines))
     for old in set(folder.glob("*.safetensors")) - kept:
         old.unlink()
 

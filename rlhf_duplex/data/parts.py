@@ -89,7 +89,7 @@ class PartStore:
     def write(self, key: str, part: Part) -> None:
         """Keep a part, whole or not at all."""
         rows = [{name: value for name, value in vars(pair).items() if name not in _PARTS} for pair in part.pairs]
-        record = json.dumps({"pairs": rows, "counts": part.counts, "error": part.error}, ensure_ascii=False)
+        record = json.dumps({"pairs": rows, "counts": part.counts, "error": part.error})
         tensors = {
             f"{index}/{name}": getattr(pair, name).to(torch.int32).contiguous()
             for index, pair in enumerate(part.pairs)

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from envs.segments import SEGMENT_AXES
@@ -45,10 +44,10 @@ def print_summary(console: Console, summary: "Summary", options: CurateOptions) 
     table.add_column("kept", justify="right")
     table.add_column("not met, and why", overflow="fold")
     for axis, met, kept, reasons in axis_rows(summary, options):
-        table.add_row(axis, str(met), str(kept), "\n".join(f"{count} {escape(reason)}" for reason, count in reasons))
+        table.add_row(axis, str(met), str(kept), "\n".join(f"{count} {reason}" for reason, count in reasons))
     console.print(table)
     for problem in summary.problems[:SHOWN_PROBLEMS]:
-        console.print(escape(f"! {problem.recording}: {problem.message}"), soft_wrap=True, highlight=False)
+        console.print(f"! {problem.recording}: {problem.message}", soft_wrap=True, highlight=False)
     left = len(summary.problems) - SHOWN_PROBLEMS
     if left > 0:
         console.print(f"! and {left} more, all on the page")

@@ -1,7 +1,6 @@
 """Episodes that are worth hearing: the worst of every axis, kept beside the figures for the report."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from envs.episode import Episode
 from envs.errors import InputError
+from envs.files import write_text
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ def save_cases(folder: Path, cases: Sequence[Case]) -> None:
         place = folder / f"{index:03d}"
         case.episode.save(place)
         record = {"axis": case.axis, "name": case.name, "badness": case.badness, "why": case.why}
-        temporary = place / f".case.{os.getpid()}"
-        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, place / "case.json")
+        write_text(place / "case.json", json.dumps(record, ensure_ascii=False))
 
 
 def load_cases(folder: Path) -> list[Case]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
 
 from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
@@ -64,10 +63,10 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("axis")
     table.add_column("metric")
     for name in names:
-        table.add_column(escape(name))
+        table.add_column(name)
         if official:
             kind = "corrected" if "corrected" in results[name] else "official script"
-            table.add_column(f"{escape(name)}, {kind}")
+            table.add_column(f"{name}, {kind}")
     if len(names) > 1:
         table.add_column("against the first")
     against = compare(results)
@@ -86,7 +85,7 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _of(name: str, names: list[str]) -> str:
-    return f"{escape(name)} " if len(names) > 2 else ""
+    return f"{name} " if len(names) > 2 else ""
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -100,4 +99,4 @@ def cell(estimate: Mapping[str, float] | None, short: bool = False) -> str:
         return "-"
     if short:
         return f"{estimate['mean']:.3f}"
-    return f"{estimate['mean']:.3f} \\[{estimate['low']:.3f}, {estimate['high']:.3f}] {estimate['n']}"
+    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] {estimate['n']}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 from scipy.spatial.distance import jensenshannon
 
 from envs.episode import Episode
@@ -239,8 +240,12 @@ def read_results(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         if not isinstance(record["axes"], dict):
             raise TypeError("`axes` is no object")
+        for axis, metrics in record["axes"].items():
+            for name, estimate in metrics.items():
+                if not all(isinstance(estimate[key], int | float) for key in ("mean", "low", "high", "n")):
+                    raise TypeError(f"`axes.{axis}.{name}` is no estimate")
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no result of an evaluation ({type(error).__name__}: {error})") from error
 
 
@@ -297,16 +302,16 @@ def format_table(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> 
     colours = {"better": "green", "worse": "red"}
     for axis, metrics in before["axes"].items():
         for metric, estimate in metrics.items():
-            cells = [axis, metric, str(estimate["n"]), _interval(estimate)]
+            cells: list[str | Text] = [axis, metric, str(estimate["n"]), _interval(estimate)]
             if after is not None:
                 later = after["axes"].get(axis, {}).get(metric)
                 difference = change(before, after, axis, metric)
                 word = verdict(axis, metric, difference)
                 cells += [_interval(later) if later else "-", _interval(difference._asdict()) if difference else "-"]
-                cells.append(f"[{colours[word]}]{word}[/]" if word in colours else word)
+                cells.append(Text(word, style=colours.get(word, "")))
             table.add_row(*cells)
     return table
 
 
 def _interval(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['mean']:+.3f} \\[{estimate['low']:+.3f}, {estimate['high']:+.3f}]"
+    return f"{estimate['mean']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}]"

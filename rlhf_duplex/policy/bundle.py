@@ -199,6 +199,11 @@ def local_info(folder: Path) -> CheckpointInfo:
         raise InputError(f"{config_path} is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{config_path} must hold a JSON object, found {type(config).__name__}")
+    if config.get("lora_name") is not None:  # Moshi's loaders would look for it elsewhere, on the hub, too
+        raise InputError(
+            f"{config_path}: `lora_name` {config['lora_name']!r}: adapters are not read beside a model; export it "
+            "merged, and leave the key out"
+        )
     paths: dict[str, Path | None] = {}
     for key in _NAMES:
         name = config.get(key, None if key == "mimi_config_name" else _NAMES[key])

@@ -1,9 +1,7 @@
 """`report.html` of a run folder: what was run, before and after on every axis, curves, and episodes to hear."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from envs.segments import SEGMENT_AXES
 from rlhf_duplex.evaluation.metrics import change, direction, other_options, read_results, verdict
 from rlhf_duplex.report.charts import interval_plot, line_chart
 from rlhf_duplex.report.distributions import distribution_charts, during_charts
-from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered
+from rlhf_duplex.report.episodes import SavedEpisode, reward_options_of, saved_episodes
+from rlhf_duplex.report.labels import axis_title, interval, label, number, ordered, with_options
 from rlhf_duplex.report.preference import preference_charts, preference_rows
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
 from rlhf_duplex.tracking import read_metrics
@@ -98,7 +97,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        config = OmegaConf.to_container(OmegaConf.load(path))  # as it is: no `${oc.env:...}`
     except Exception as error:  # YAML's and OmegaConf's errors share no base of their own
         raise InputError(f"{path} is not a configuration ({' '.join(str(error).split())})") from error
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
@@ -228,6 +227,7 @@ def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _row(axis: str, metric: str, columns: Sequence[Mapping], before: Any, after: Any) -> dict[str, Any]:
     words = label(axis, metric)
+    told = with_options(reward_options_of(after or before or {}).get(axis, {})) if metric == "reward" else ""
     cells = [column.get(metric) for column in columns]
     difference = change(before, after, axis, metric) if before and after else None
     word = verdict(axis, metric, difference) if before and after else ""
@@ -240,7 +240,7 @@ def _row(axis: str, metric: str, columns: Sequence[Mapping], before: Any, after:
     both = cells[0] is not None and cells[1] is not None
     return {
         "name": words.name,
-        "meaning": words.meaning,
+        "meaning": f"{words.meaning}; {told}" if told and words.meaning else told or words.meaning,
         "goal": {1: "higher is better", -1: "lower is better"}.get(direction(axis, metric), ""),
         "counts": " / ".join(dict.fromkeys(str(e["n"]) for e in cells if e)),
         "cells": [
@@ -314,40 +314,6 @@ def _learning_charts(updates: Sequence[Mapping]) -> list[tuple[str, Markup]]:
         if curves:
             charts.append((title, line_chart(f"{title}, {unit}", curves, unit, f"l{len(charts)}")))
     return charts
-
-
-@dataclass(frozen=True)
-class SavedEpisode:
-    """An episode on disk: its folder, the segment's id and axis, and its scores by axis."""
-
-    folder: Path
-    segment: str
-    axis: str
-    scores: dict[str, Any]
-
-    @property
-    def reward(self) -> float | None:
-        value = self.scores.get(self.axis, {}).get("value")
-        return float(value) if _is_real(value) else None
-
-
-def saved_episodes(folder: Path) -> dict[str, SavedEpisode]:
-    """Saved episodes by the id of their segment.
-
-    Raises:
-        InputError: one of them is damaged.
-    """
-    found: dict[str, SavedEpisode] = {}
-    for path in sorted(folder.glob("*/episode.json")):
-        scores_path = path.with_name("scores.json")
-        try:
-            segment = json.loads(path.read_text(encoding="utf-8"))["segment"]
-            scores = json.loads(scores_path.read_text(encoding="utf-8")) if scores_path.is_file() else {}
-            scores = {str(axis): record for axis, record in scores.items() if isinstance(record, dict)}
-            found.setdefault(segment["id"], SavedEpisode(path.parent, segment["id"], segment["axis"], scores))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path.parent} is not a whole episode ({type(error).__name__}: {error})") from error
-    return found
 
 
 def median_segments(rewards: Mapping[str, float], count: int) -> list[str]:

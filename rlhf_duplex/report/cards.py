@@ -4,14 +4,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from envs.episode import Episode
-from rlhf_duplex.report.build import SavedEpisode, build_report, median_segments, saved_episodes
+from rlhf_duplex.report.build import build_report, median_segments
+from rlhf_duplex.report.episodes import SavedEpisode, saved_episodes
 from rlhf_duplex.report.labels import axis_title
 from rlhf_duplex.report.runs import Comparison, Run
-from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg
+from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
 
 MAX_AUDIO_BYTES = 6_000_000
 
@@ -57,6 +59,7 @@ def run_cards(comparison: Comparison, path: Path, axes: Sequence[str]) -> list[d
             episode = Episode.load(record.folder)
             audio = audio_uri(episode) if spent < MAX_AUDIO_BYTES else ""
             spent += len(audio)
+            words = [("User", user_words(episode)), ("Agent", episode.text)]
             sides.append(
                 {
                     "axis": axis_title(record.axis),
@@ -64,6 +67,7 @@ def run_cards(comparison: Comparison, path: Path, axes: Sequence[str]) -> list[d
                     "svg": timeline_svg(episode, record.scores, episode.duration, f"c{index}-{place}"),
                     "audio": audio,
                     "outcome": outcome(episode, record.scores),
+                    "words": [(who, text) for who, text in words if words_are_cut(text)],
                 }
             )
         cards[index]["sides"] = sides
@@ -96,4 +100,4 @@ def _link(run: Run, path: Path, inside: bool) -> str:
     report = run.folder / "report.html"
     if not report.is_file():
         build_report(run.folder)
-    return os.path.relpath(report, path.parent)
+    return quote(os.path.relpath(report, path.parent))  # nor is a folder called "javascript:..." a script

@@ -77,7 +77,7 @@ def line_chart(
         )
     )
     parts.append(
-        Markup('<text class="label" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>').format(
+        Markup('<text class="label" transform="translate(9 {}) rotate(-90)" text-anchor="middle">{}</text>').format(
             (_TOP + plot_bottom) / 2, y_label
         )
     )
@@ -161,6 +161,8 @@ def grid(x_low, x_high, y_low, y_high, x_at, y_at, bottom, whole: bool = True) -
     """Lines and numbers of both scales, and the line below; on the x scale whole numbers only, unless told else."""
     parts = []
     ticks = nice_ticks(y_low, y_high)
+    if len(ticks) < 3:  # of one number nobody reads a scale
+        ticks = nice_ticks(y_low, y_high, 8)
     for tick in ticks:
         parts.append(
             Markup(

@@ -1,6 +1,7 @@
 """`comparison.html`: runs held against each other, an ablation's or any: effects, trade-offs, and two side by side."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _lead(comparison: Comparison, effects: Sequence[dict[str, Any]]) -> str:
         f"{row['name']}: {_title(cell['metric']).lower()} {cell['difference']}"
         for row in effects
         for cell in row["cells"]
-        if cell and cell["verdict"] in ("better", "worse")
+        if cell and cell["verdict"]
     ]
     if not effects:
         return "There is no second condition with a finished run yet."
@@ -273,7 +274,7 @@ def _front(comparison: Comparison, cards: Sequence[dict[str, Any]]) -> dict[str,
     return {
         "plot": front_plot("Pause takeovers against turn latency", points, x_label, y_label, "front"),
         "best": [run.name for run in runs if not beaten[run.name]],
-        "legend": [(name, index % 6) for index, name in enumerate(conditions) if comparison.of(name)],
+        "legend": [(name, index + 1, index % 6) for index, name in enumerate(conditions) if comparison.of(name)],
     }
 
 
@@ -298,9 +299,14 @@ def _data(comparison: Comparison, metrics: Sequence[Metric], cards: Sequence[dic
     for axis, metric in metrics:
         columns = [(r or {}).get("segments", {}).get(axis, {}).get(metric, {}) for r in results]
         segments = sorted({segment for column in columns for segment in column})
-        values = [[round(c[s], 3) if s in c else None for s in segments] for c in columns]
+        values = [[_finite(c.get(s)) for s in segments] for c in columns]
         title, unit = _title((axis, metric)), label(axis, metric).unit
-        means = [mean_of(result, axis, metric) for result in results]
+        means = [_finite(mean_of(result, axis, metric)) for result in results]
         rows.append({"title": title, "unit": unit, "sign": direction(axis, metric), "values": values, "means": means})
-    text = json.dumps(rows, separators=(",", ":"))
+    text = json.dumps(rows, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _finite(value: float | None) -> float | None:
+    """To three decimals; None, which JSON has a word for, where there is no number."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)

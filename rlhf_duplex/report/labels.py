@@ -92,10 +92,19 @@ def ordered(metrics: Mapping[str, object]) -> list[str]:
     return sorted(metrics, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
+def with_options(options: Mapping[str, object]) -> str:
+    """`with barge_in_seconds 4, prompt_seconds 0.4`; empty where there are none."""
+    return "with " + ", ".join(f"{key} {value}" for key, value in options.items()) if options else ""
+
+
 def number(value: float, unit: str = "", signed: bool = False) -> str:
-    """A value with its unit: two decimals (three for pure numbers), shares as percent, a true minus sign."""
+    """A value with its unit: two decimals (three for pure numbers), a true minus sign, shares as percent.
+
+    A difference of shares (`signed`) is in percentage points.
+    """
     if unit == "%":
         text = f"{100 * value:+.0f}" if signed else f"{100 * value:.0f}"
+        unit = unit if not signed else "point" if abs(float(text)) == 1 else "points"
     else:
         digits = 2 if unit == "s" else 3
         text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
@@ -107,6 +116,5 @@ def number(value: float, unit: str = "", signed: bool = False) -> str:
 
 def interval(low: float, high: float, unit: str = "", signed: bool = False) -> str:
     """`low to high`, with the unit once."""
-    shown = number(low, unit, signed)
-    bare = shown.removesuffix("/s").removesuffix(f" {unit}") if unit else shown
+    bare = number(low, unit, signed).removesuffix("/s").partition(" ")[0]
     return f"{bare} to {number(high, unit, signed)}"

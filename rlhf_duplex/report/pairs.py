@@ -43,7 +43,9 @@ def build_pairs_page(path: Path, pairs: Sequence[Pair], streams: Streams, per_ki
             number += 1
         if examples:
             title = _TITLES.get(kind) or axis_title(kind)
-            kinds.append({"title": title, "count": f"{counts[kind]} pairs", "examples": examples})
+            kinds.append(
+                {"title": title, "count": f"{counts[kind]} pair{'s' * (counts[kind] != 1)}", "examples": examples}
+            )
     held = sum(pair.split == "heldout" for pair in pairs)
     environment = Environment(
         loader=PackageLoader("rlhf_duplex.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -60,7 +62,7 @@ def build_pairs_page(path: Path, pairs: Sequence[Pair], streams: Streams, per_ki
 
 
 def _order(pair: Pair) -> bytes:
-    return hashlib.sha256(pair.id.encode()).digest()
+    return hashlib.sha256(pair.id.encode(errors="replace")).digest()
 
 
 def pair_episodes(pair: Pair, streams: Streams, detector: SpeechDetector) -> tuple[Episode, Episode]:
@@ -133,7 +135,7 @@ def _example(pair: Pair, streams: Streams, detector: SpeechDetector, identifier:
             {
                 "name": name.capitalize(),
                 "outcome": outcome(episode, scores) if scores else [_says(pair, name)],
-                "svg": timeline_svg(episode, scores, seconds, f"{identifier}{name[0]}"),
+                "svg": timeline_svg(episode, scores, seconds, f"{identifier}{name[0]}", "not in the loss"),
                 "audio": audio_uri(episode),
                 "words": episode.text if words_are_cut(episode.text) else "",
             }

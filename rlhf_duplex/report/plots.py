@@ -23,14 +23,14 @@ class Row(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A run in the trade-off: where it lies, what it is called, whether none dominates it, and which colour it has."""
+    """A run in the trade-off: where it lies, what it is called, whether none dominates it, its condition's place."""
 
     run: int
     name: str
     x: float
     y: float
     front: bool
-    colour: int
+    condition: int
 
 
 def condition_plot(title: str, rows: Sequence[Row], x_label: str, identifier: str) -> Markup:
@@ -137,14 +137,18 @@ def front_plot(title: str, points: Sequence[Point], x_label: str, y_label: str, 
     steps = [front[0]] + [corner for a, b in itertools.pairwise(front) for corner in ((b[0], a[1]), b)]
     track = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in steps)
     parts.append(Markup('<polyline class="front" points="{}"/>').format(track))
-    for p in points:
-        colour = COLOURS[p.colour % len(COLOURS)]
+    for p in sorted(points, key=lambda p: p.front):  # those on the front above the others
+        colour = COLOURS[p.condition % len(COLOURS)]
+        fill = colour if p.front else "none"
         parts.append(
             Markup(
                 '<a href="#run-{0}" data-run="{0}" aria-label="{1}">'
-                '<circle class="run" cx="{2:.1f}" cy="{3:.1f}" r="5" fill="{4}" stroke="{5}"/>'
-                "<title>{1}: {6:.3g}, {7:.3g}</title></a>"
-            ).format(p.run, p.name, x_at(p.x), y_at(p.y), colour if p.front else "#fff", colour, p.x, p.y)
+                '<circle class="run" cx="{2:.1f}" cy="{3:.1f}" r="5" fill="{4}" stroke="{5}" pointer-events="all"/>'
+                '<text class="tick" x="{8:.1f}" y="{9:.1f}">{10}</text><title>{1}: {6:.3g}, {7:.3g}</title></a>'
+            ).format(
+                *(p.run, p.name, x_at(p.x), y_at(p.y), fill, colour, p.x, p.y, x_at(p.x) + 7, y_at(p.y) - 4),
+                p.condition + 1,
+            )
         )
     parts += _labels(x_label, y_label)
     description = "not dominated: " + "; ".join(f"{p.name} at {p.x:.3g}, {p.y:.3g}" for p in points if p.front)

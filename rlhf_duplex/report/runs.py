@@ -173,7 +173,7 @@ def read_runs(folders: Sequence[Path]) -> Comparison:
         if not (folder / "evaluation" / "after.json").is_file():
             raise InputError(f"{folder} has no evaluation/after.json: only finished runs can be compared")
         try:
-            configs.append(leaves(OmegaConf.to_container(OmegaConf.load(path), resolve=True)))
+            configs.append(leaves(OmegaConf.to_container(OmegaConf.load(path))))
         except Exception as error:  # YAML's and OmegaConf's errors share no base of their own
             raise InputError(f"{path} is not a configuration ({' '.join(str(error).split())})") from error
     if len({folder.resolve() for folder in folders}) < len(folders):

@@ -111,7 +111,7 @@ def _axes(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "word": test.word if test else "",
                     "sign": _SIGNS.get(test.word, "") if test else "",
                     "kind": test.word.split(" ")[0] if test else "",
-                    "p": f"{test.corrected:.3f}" if test else "",
+                    "p": "" if not test else "< 0.001" if test.corrected < 0.001 else f"{test.corrected:.3f}",
                     "difference": number(test.difference, words.unit, signed=True) if test else "",
                 }
             )

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from envs.audio import resample
 from envs.episode import Episode
 from envs.speech import Interval
 from rlhf_duplex.report.charts import nice_ticks
-from rlhf_duplex.report.labels import axis_title, label, number
+from rlhf_duplex.report.labels import axis_title, label, number, with_options
 
 WIDTH, LEFT, RIGHT = 560, 48, 10
 _USER_TOP, _AGENT_TOP, _LANE = 22, 88, 26
@@ -26,7 +27,9 @@ _LINE_CHARACTERS, _LINES = 84, 2
 Record = Mapping[str, Any]  # of scores.json: {"value": ..., "details": {...}}
 
 
-def timeline_svg(episode: Episode, scores: Mapping[str, Record], seconds: float, identifier: str) -> Markup:
+def timeline_svg(
+    episode: Episode, scores: Mapping[str, Record], seconds: float, identifier: str, grey: str = "not scored"
+) -> Markup:
     """The episode: user lane above, agent lane below, events and what was scored marked, words under each lane.
 
     Args:
@@ -34,13 +37,14 @@ def timeline_svg(episode: Episode, scores: Mapping[str, Record], seconds: float,
         scores: by axis, as in `scores.json`; intervals that the segment's axis names in `details` are marked.
         seconds: length of the time axis, so that two episodes of a segment can be drawn to the same scale.
         identifier: prefix of the ids in the SVG, unique in the page.
+        grey: what the part before `scored_from` is.
     """
     scale = (WIDTH - LEFT - RIGHT) / max(seconds, 1e-6)
 
     def at(time: float) -> float:
         return LEFT + min(max(time, 0.0), seconds) * scale
 
-    parts = [_background(episode, at)]
+    parts = [_background(episode, at, grey)]
     parts += [_block("user", i, at, _USER_TOP) for i in episode.user_speech]
     parts += [_block("agent", i, at, _AGENT_TOP) for i in episode.agent_speech]
     parts += _events(episode, at)
@@ -70,18 +74,17 @@ def timeline_svg(episode: Episode, scores: Mapping[str, Record], seconds: float,
     )
 
 
-def _background(episode: Episode, at) -> Markup:
+def _background(episode: Episode, at, grey: str) -> Markup:
     parts = []
     if episode.scored_from > 0:
         x0, x1 = at(0), at(episode.scored_from)
         parts.append(
             Markup(
-                '<rect class="unscored" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>lead-in and context: not '
-                "scored</title></rect>"
-            ).format(x0, _USER_TOP - 6, x1 - x0, _AXIS_TOP - _USER_TOP + 6)
+                '<rect class="unscored" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>'
+            ).format(x0, _USER_TOP - 6, x1 - x0, _AXIS_TOP - _USER_TOP + 6, f"before what counts: {grey}")
         )
         if x1 - x0 > 58:
-            parts.append(Markup('<text class="note" x="{:.1f}" y="12">not scored</text>').format(x0 + 2))
+            parts.append(Markup('<text class="note" x="{:.1f}" y="12">{}</text>').format(x0 + 2, grey))
     for name, top in (("User", _USER_TOP), ("Agent", _AGENT_TOP)):
         parts.append(Markup('<text class="lane" x="2" y="{}">{}</text>').format(top + 17, name))
         parts.append(
@@ -148,16 +151,22 @@ def _scored_marks(episode: Episode, scores: Mapping[str, Record], at) -> list[Ma
     """Brackets under the agent lane: what the segment's axis counted, and the latency that it measured."""
     details = _details(scores, episode.segment.axis)
     marks = [(span, name) for key, name in _MARKS.items() for span in _pairs(details.get(key)) if span.start < span.end]
-    latency, response = _real(details.get("latency")), _pairs([details.get("response")])
+    latency, response = real(details.get("latency")), _pairs([details.get("response")])
     if latency is not None and response and latency != 0:
         begun, ended = sorted((response[0].start, response[0].start - latency))
         marks.append((Interval(begun, ended), number(latency, "s")))
-    parts = []
+    parts, free = [], 0.0
     for span, name in sorted(marks):
         x0, x1 = at(span.start), at(span.end)
-        y = _MARKS_TOP
-        parts.append(Markup('<path class="mark" d="M{0:.1f} {2}V{3}H{1:.1f}V{2}"/>').format(x0, x1, y, y + 4))
-        parts.append(_text("mark", (x0 + x1) / 2, y + 15, name, centre=True))
+        y, middle, half = _MARKS_TOP, (x0 + x1) / 2, 2.8 * len(name)
+        parts.append(
+            Markup('<path class="mark" d="M{0:.1f} {2}V{3}H{1:.1f}V{2}"><title>{4}</title></path>').format(
+                x0, x1, y, y + 4, f"{name}, {span.start:.2f} to {span.end:.2f} s"
+            )
+        )
+        if middle - half >= free:  # of labels that would meet, the first is written; the others are in the titles
+            parts.append(_text("mark", middle, y + 15, name, centre=True))
+            free = middle + half + 3
     return parts
 
 
@@ -181,16 +190,23 @@ def _words(text: str, top: float) -> Markup:
     )
 
 
+def _wrapped(text: str) -> list[str]:
+    """Lines of at most the picture's width: capitals are half as wide again as small letters, ideographs twice."""
+    text = " ".join(text.split())
+    wide = sum(2.0 if unicodedata.east_asian_width(c) in "WF" else 1.4 if c.isupper() else 1.0 for c in text)
+    return textwrap.wrap(text, max(1, int(_LINE_CHARACTERS * len(text) / wide))) if text else []
+
+
 def _lines(text: str) -> list[str]:
-    lines = textwrap.wrap(" ".join(text.split()), _LINE_CHARACTERS) or ["(no words)"]
+    lines = _wrapped(text) or ["(no words)"]
     if len(lines) > _LINES:
-        lines = [*lines[: _LINES - 1], lines[_LINES - 1][: _LINE_CHARACTERS - 1] + "\u2026"]
+        lines = [*lines[: _LINES - 1], lines[_LINES - 1][:-1] + "\u2026"]
     return lines
 
 
 def words_are_cut(text: str) -> bool:
     """Whether the timeline shows only the beginning of a text."""
-    return len(textwrap.wrap(" ".join(text.split()), _LINE_CHARACTERS)) > _LINES
+    return len(_wrapped(text)) > _LINES
 
 
 def _time_axis(seconds: float, at) -> Markup:
@@ -228,10 +244,13 @@ def outcome(episode: Episode, scores: Mapping[str, Record]) -> list[str]:
     names = sorted(scores, key=lambda name: (name != own, name))
     sentences = []
     for name in names:
-        value = _real(scores[name].get("value"))
+        value = real(scores[name].get("value"))
         if value is None:
             continue
-        why = _WHY[name](_details(scores, name)) if name == own else ""
+        options = scores[name].get("options")
+        reasons = [_WHY[name](_details(scores, name))] if name == own else []
+        reasons += [with_options(options)] if isinstance(options, Mapping) and options else []
+        why = "; ".join(reasons)
         shown = number(value, label(name, "reward").unit)
         sentences.append(f"{axis_title(name)}: reward {shown}{f' ({why})' if why else ''}.")
     return sentences or ["Not scored."]
@@ -240,12 +259,12 @@ def outcome(episode: Episode, scores: Mapping[str, Record]) -> list[str]:
 def _why_pause(details: Record) -> str:
     spans = _pairs(details.get("takeovers"))
     if not spans:
-        return "no speech longer than 1 s"
+        return "no takeover"
     return "takeover: agent speech of " + ", ".join(f"{span.duration:.2f} s" for span in spans)
 
 
 def _why_turn(details: Record) -> str:
-    latency = _real(details.get("latency"))
+    latency = real(details.get("latency"))
     if latency is None:
         return "the turn is not taken"
     if details.get("barge_in") is True:
@@ -255,12 +274,12 @@ def _why_turn(details: Record) -> str:
 
 def _why_backchannel(details: Record) -> str:
     names = (("true_positives", "hits"), ("false_positives", "false alarms"), ("false_negatives", "missed"))
-    counts = [(_real(details.get(key)), word) for key, word in names]
+    counts = [(real(details.get(key)), word) for key, word in names]
     return ", ".join(f"{word} {count:.0f}" for count, word in counts if count is not None)
 
 
 def _why_interruption(details: Record) -> str:
-    latency = _real(details.get("latency"))
+    latency = real(details.get("latency"))
     return "no answer" if latency is None else f"latency {latency:.2f} s"
 
 
@@ -277,7 +296,8 @@ def _details(scores: Mapping[str, Record], axis: str) -> Record:
     return details if isinstance(details, Mapping) else {}
 
 
-def _real(value: Any) -> float | None:
+def real(value: Any) -> float | None:
+    """A finite number, or None."""
     number_like = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number_like and math.isfinite(value) else None
 
@@ -289,7 +309,7 @@ def _pairs(value: Any) -> list[Interval]:
     found = []
     for pair in value:
         if isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2:
-            start, end = _real(pair[0]), _real(pair[1])
+            start, end = real(pair[0]), real(pair[1])
             if start is not None and end is not None:
                 found.append(Interval(start, end))
     return found

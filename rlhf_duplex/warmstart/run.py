@@ -304,7 +304,9 @@ def _warmstart(
     report = build_report(run_dir)
     if before is not None and after is not None:
         console.print(format_table(before, after))
-    console.print(f"wrote {report} and {last_checkpoint(run_dir)}; train from it with checkpoint={run_dir}")
+    console.print(
+        f"wrote {report} and {last_checkpoint(run_dir)}; train from it with checkpoint={run_dir}", soft_wrap=True
+    )
     return run_dir
 
 

@@ -69,6 +69,10 @@ def test_what_counts_as_a_verdict(answer, score):
     assert parse(answer, RUBRIC).scores == {"score": score}
 
 
+def test_half_a_character_in_a_reason_can_be_written():
+    assert parse('{"reason": "cut off \\ud83d", "score": 1}', RUBRIC).reason == "cut off ?"
+
+
 @pytest.mark.parametrize(
     "answer",
     [

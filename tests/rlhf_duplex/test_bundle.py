@@ -80,6 +80,13 @@ def test_unknown_configuration_key(copy):
         load_bundle(str(copy))
 
 
+@pytest.mark.parametrize("name", ["hf://someone/else/x.safetensors", "lora.safetensors", 5])
+def test_adapters_are_looked_for_nowhere(copy, name):
+    (copy / "config.json").write_text(json.dumps(names(copy) | {"lora_name": name}))
+    with pytest.raises(InputError, match="adapters are not read beside a model"):
+        load_bundle(str(copy))
+
+
 @pytest.mark.parametrize("which", ["moshi_name", "mimi_name"])
 def test_keys_and_shapes_of_the_weights(copy, which):
     path = copy / names(copy)[which]

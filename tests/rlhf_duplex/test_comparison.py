@@ -10,6 +10,7 @@ from test_report import HOSTILE, Page
 from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.report.comparison import build_comparison, effect_rows, shown_metrics, varied_numbers
+from rlhf_duplex.report.plots import Point, front_plot
 from rlhf_duplex.report.runs import Comparison, Run, leaves, read_ablation, read_runs, varied_keys
 
 WEIGHT, BETA = "rewards.pause_handling.weight", "trainer.kl_beta"
@@ -58,9 +59,9 @@ def test_effects_are_in_words_and_marked(page):
     text = " ".join("".join(Page(page).text).split())
     assert "Effects against full" in text
     # 8 of 8 segments instead of 2 of 8 are taken over.
-    assert "pause handling: takeover rate +75 %" in text
+    assert "pause handling: takeover rate +75 points" in text
     assert "3 of 3 seeds8 segments" in text
-    assert re.search(r'class="worse">✗ \+75 %', page)
+    assert re.search(r'class="worse">✗ \+75 points', page)
     assert re.search(r'class="better">✓ \u22120\.\d\d s', page)
 
 
@@ -160,6 +161,41 @@ def test_any_runs_are_compared(tmp_path, capsys):
     assert "too few segments" not in out.read_text().split("<script")[0]
 
 
+def test_a_folder_named_like_a_script_is_a_link_to_the_folder(tmp_path):
+    for seed, name in enumerate(("javascript:alert(1);0", "50%#1")):
+        config = f"seed: {seed}\nrun_dir: x\n"
+        write_run(tmp_path / name, values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+    comparison = read_runs(sorted(tmp_path.iterdir()))
+    page = build_comparison(comparison, tmp_path / "page.html").read_text(encoding="utf-8")
+    links = {a["href"] for tag, a in Page(page).tags if tag == "a" and not a["href"].startswith("#")}
+    assert links == {"javascript%3Aalert%281%29%3B0/report.html", "50%25%231/report.html"}
+
+
+def test_a_value_that_is_no_number_leaves_the_script_alive(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        config = f"seed: {seed}\nrun_dir: x\n"
+        write_run(tmp_path / name, values(0.25, 1.0, seed), values(0.75, 1.5, 9), config, episodes=False)
+    path = tmp_path / "b" / "evaluation" / "after.json"
+    result = json.loads(path.read_text())
+    segments = result["segments"]["turn_taking"]["latency"]
+    segments[next(iter(segments))] = float("nan")
+    path.write_text(json.dumps(result))
+    page = build_comparison(read_runs([tmp_path / "a", tmp_path / "b"]), tmp_path / "page.html").read_text()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1), parse_constant=refuse)
+
+
+def test_runs_on_the_front_are_drawn_above_the_others():
+    points = [Point(0, "best", 1.0, 1.0, True, 0), Point(1, "beaten", 1.0, 1.01, False, 7)]
+    drawing = str(front_plot("t", points, "x", "y", "f"))
+    assert drawing.index("#run-1") < drawing.index("#run-0")
+    assert 'fill="none"' in drawing
+    assert ">8</text>" in drawing  # the number of the condition, whose colour is another's, too
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,7 +238,7 @@ def test_signs_against_the_papers(tmp_path):
     table = sign_table(read_ablation(write_ablation(tmp_path / "run", conditions)))
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| without")}
     # The paper: without pause data +.32 and -.07, without turn data -.13 and +.18.
-    assert "paper +; ours + (**+75 %" in rows["without pause"]
+    assert "paper +; ours + (**+75 points" in rows["without pause"]
     assert "paper \u2212; ours \u2212 (**\u22120.20 s" in rows["without pause"]
     assert "paper \u2212; ours + (" in rows["without turn"]
     assert rows["without judge"].endswith("| not run | not run |")

@@ -1,6 +1,7 @@
 """Corpora in their exact layouts, small and real: found, read, curated; and what is wrong with them said."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -218,6 +219,15 @@ def test_truncated_ogg(tmp_path, spoken):
     path = write(tmp_path / "c" / "cut.ogg", spoken.audio, spoken.rate)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     only_problem(tmp_path / "c", spoken, "cut", "cut.ogg is truncated")
+
+
+def test_a_name_that_is_no_text(tmp_path, spoken):
+    path = write(tmp_path / "c" / "bad.wav", spoken.audio, spoken.rate)
+    os.rename(path, os.fsencode(tmp_path / "c") + b"/b\xff.wav")
+    write(tmp_path / "c" / "good.wav", spoken.audio, spoken.rate)
+    _, recordings, problems = find_corpus(tmp_path / "c")
+    assert [recording.id for recording in recordings] == ["good"]
+    assert [tuple(problem) for problem in problems] == [("b?", "its name, or a file's, is not UTF-8: rename it")]
 
 
 def test_one_channel(tmp_path, spoken):

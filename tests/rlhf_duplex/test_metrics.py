@@ -16,6 +16,7 @@ from envs.speech import Interval
 from rewards import Score
 from rlhf_duplex.evaluation import metrics
 from rlhf_duplex.evaluation.statistics import Estimate
+from rlhf_duplex.run_folder import make_console
 
 EVENTS = {
     "pause_handling": {"pauses": [[22.0, 22.5]]},
@@ -172,6 +173,17 @@ def test_damaged_results_are_named(tmp_path, content):
 def test_verdict(axis, metric, low, high, n, expected):
     assert metrics.verdict(axis, metric, Estimate((low + high) / 2, low, high, n)) == expected
     assert metrics.verdict(axis, metric, None) == "not comparable"
+
+
+def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
+    made = results(tmp_path, "before.json", [1.2, 1.4, 1.9, 1.1, 1.3])
+    made["axes"]["a[/b] [red]:bug:"] = made["axes"].pop("turn_taking")
+    console = make_console()
+    console.print(metrics.format_table(made, made))
+    console.print("wrote runs/[v1]/[/x]/after.json")
+    shown = capsys.readouterr().out
+    assert "a[/b] [red]:bug:" in shown
+    assert "wrote runs/[v1]/[/x]/after.json" in shown
 
 
 def test_table_names_what_changed(tmp_path):

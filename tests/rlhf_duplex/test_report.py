@@ -402,3 +402,53 @@ def test_long_words_are_whole_beside_the_timeline():
     assert "…" in drawing
     assert words_are_cut(episode.text)
     assert not words_are_cut("short")
+    # Two lines of small letters fill the width; capitals are wider, and ideographs twice as wide.
+    assert not words_are_cut("word " * 32)
+    assert words_are_cut("WORD " * 32)
+    assert words_are_cut("\u8a00\u8449 " * 40)
+
+
+def test_a_reward_is_told_with_the_options_that_it_was_scored_with(tmp_path):
+    folder = make_run(tmp_path / "run", segments_per_axis=5, updates=2)
+    for stage in ("before", "after"):
+        path = folder / "evaluation" / f"{stage}.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"rewards": {"turn_taking": {"target": None, "prompt_seconds": 0.4}}}))
+    text = " ".join("".join(Page(build_report(folder).read_text(encoding="utf-8")).text).split())
+    assert "minus the distance of the agent's turn from the user's turn end; with prompt_seconds 0.4;" in text
+    assert re.search(r"Turn-taking: reward \S+ s \(latency 0\.3\d s; with prompt_seconds 0\.4\)", text)
+    assert "(no takeover)" in text
+
+
+def test_a_secret_of_the_environment_is_no_part_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hunter2")
+    folder = make_run(tmp_path / "run", segments_per_axis=1, updates=2)
+    config = (folder / "config.yaml").read_text().replace("device: cpu", "device: ${oc.env:SOME_TOKEN}")
+    (folder / "config.yaml").write_text(config)
+    page = build_report(folder).read_text(encoding="utf-8")
+    assert "hunter2" not in page
+    assert "${oc.env:SOME_TOKEN}" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "5\n"),
+        ("metrics.jsonl", '{"kl": 1.0}\n'),
+        ("evaluation/after.json", '{"axes": {"turn_taking": {"latency": 5}}}'),
+        ("evaluation/after.json", '{"axes": {"turn_taking": [1]}}'),
+    ],
+)
+def test_files_that_hold_something_else_are_named(tmp_path, name, content):
+    folder = make_run(tmp_path / "run", segments_per_axis=1, updates=2)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=Path(name).name):
+        build_report(folder)
+
+
+def test_marks_that_would_meet_are_written_once():
+    episode = make_episode("backchannel", [(3.2, 3.6)])
+    spans = [[3.0, 3.1], [3.2, 3.3], [9.0, 9.1]]
+    drawing = str(timeline_svg(episode, {"backchannel": {"details": {"unmatched": spans}}}, 12.0, "t"))
+    assert drawing.count(">false alarm</text>") == 2
+    assert drawing.count("<title>false alarm, ") == 3

@@ -7,7 +7,6 @@ after RL on two corpora). A row of ours is named with its lead-in: the lead-in a
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
 
 
@@ -94,10 +93,10 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = leaderboard(results)
     table = Table(title="Full-Duplex-Bench v1, mean [95 % interval]; published: arXiv 2606.11167", title_justify="left")
     for title in ("figure", "published Moshi", "published PersonaPlex", *(r.name for r in rows if not r.published)):
-        table.add_column(escape(title))
+        table.add_column(title)
     by_name = {row.name: row for row in rows}
     for index, column in enumerate(columns(results)):
-        ours = [escape(row.cells[index]) for row in rows if not row.published]
+        ours = [row.cells[index] for row in rows if not row.published]
         arrow = "\u2191" if column.better > 0 else "\u2193"
         published = [by_name[name].cells[index] for name in ("Moshi", "PersonaPlex")]
         table.add_row(f"{column.title} {arrow}", *published, *ours)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from envs.dialogues import UserSides
 from envs.speech import SpeechDetector
@@ -117,7 +118,7 @@ def run_benchmark(
                 )
         elif asr is not None:
             transcribe_outputs(samples, root, written, transcriber, detector)
-        with console.status(f"scoring {system.name}"):
+        with console.status(Text(f"scoring {system.name}")):
             results[system.name] = _score(benchmark, config, system, samples, root, written, human, judge)
     if judge is not None:
         judge.close()

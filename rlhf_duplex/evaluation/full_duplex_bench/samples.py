@@ -16,6 +16,7 @@ import numpy as np
 from envs.audio import audio_info, read_audio
 from envs.episode import Word
 from envs.errors import InputError
+from envs.files import write_text
 from envs.segments import Segment
 from envs.speech import Interval
 from rlhf_duplex.evaluation.full_duplex_bench.metrics import UnendedWord
@@ -208,7 +209,7 @@ def write_words(path: Path, words: Sequence[Word]) -> None:
     """The words as `output.json`, which the official scripts read."""
     chunks = [{"text": word.text, "timestamp": [round(word.start, 3), round(word.end, 3)]} for word in words]
     record = {"text": " ".join(word.text for word in words), "chunks": chunks}
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def read_output(path: Path) -> tuple[np.ndarray, int]:
