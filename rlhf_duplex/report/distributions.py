@@ -32,6 +32,7 @@ def distribution_charts(results: Mapping[str, Mapping[str, Any]], prefix: str = 
     charts: list[tuple[str, Markup]] = []
     for axis, metric in LATENCIES:
         columns = {n: list(r.get("segments", {}).get(axis, {}).get(metric, {}).values()) for n, r in results.items()}
+        columns = {name: [v for v in values if math.isfinite(v)] for name, values in columns.items()}
         columns = {name: values for name, values in columns.items() if values}
         if columns:
             title = f"{axis_title(axis)}: {label(axis, metric).name}"
