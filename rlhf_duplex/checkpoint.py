@@ -86,6 +86,9 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 def prune(run_dir: Path, keep: int) -> None:
     """Remove all checkpoints but the last `keep` and the best, and what a kill left half-written."""
     folder, best = run_dir / "checkpoints", best_checkpoint(run_dir)
+    link = folder / "best"
+    if best is not None and (not link.is_symlink() or os.readlink(link) != best.name):  # killed between the two
+        _replace(link, lambda path: path.symlink_to(best.name))
     for old in [*sorted(folder.glob(_PATTERN))[:-keep], *folder.glob(".*step_*")]:
         if old != best:
             shutil.rmtree(old)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from envs.errors import InputError
 from envs.files import write_text
 from rlhf_duplex.config_files import check_resumed, to_yaml
-from rlhf_duplex.policy.bundle import find_bundle
+from rlhf_duplex.policy.bundle import find_bundle, local_info
 
 
 def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
@@ -58,12 +58,13 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
     return run_dir
 
 
-def check_data(run_dir: Path, resume: bool, files: Mapping[str, Path]) -> None:
+def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str, Path]) -> None:
     """Note in `provenance.json` what is learned from, and versions; a resumed run must find its data unchanged.
 
     Args:
         run_dir: the run folder, made.
         resume: whether the run goes on.
+        checkpoint: that it begins from; of a run folder, the last one.
         files: manifests by the key of the configuration that names them.
 
     Raises:
@@ -71,14 +72,32 @@ def check_data(run_dir: Path, resume: bool, files: Mapping[str, Path]) -> None:
     """
     path = run_dir / "provenance.json"
     now = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    now["checkpoint"] = weights_digest(checkpoint)
     before = json.loads(path.read_text())["sha256"] if resume and path.is_file() else {}
     for key, digest in now.items():
         if before.get(key, digest) != digest:
+            changed = files.get(key, checkpoint)
             raise InputError(
-                f"resume: {files[key]} is not what it was when this run began: put the old one back, or start without "
+                f"resume: {changed} is not what it was when this run began: put the old one back, or start without "
                 f"resume=true (remove {path} to go on with what there is now)"
             )
     write_text(path, json.dumps({"sha256": now, "versions": versions()}, indent=1) + "\n")
+
+
+def weights_digest(checkpoint: str) -> str:
+    """SHA-256 of a checkpoint's weights, or of 4 KiB in every 1/256 of a file that is large; empty for a hub id."""
+    folder = find_bundle(checkpoint)
+    if folder is None:
+        return ""
+    digest, path = hashlib.sha256(), local_info(folder).moshi_weights
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 2**26:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in range(256):
+            file.seek(part * size // 256)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +119,7 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
     Raises:
         InputError: another process has it.
     """
-    folder = Path(run_dir).absolute()
+    folder = Path(run_dir).resolve()
     path = folder.with_name(f".{folder.name}.lock")  # beside the folder, which may be renamed
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +131,13 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
-            raise InputError(f"another run is writing to {run_dir}: wait for it, or choose run_dir=...") from None
+            held = False
+        except OSError:  # a file system without locks: whoever starts two runs in one folder is not told
+            held = True
+        if not held:  # by another, or removed by one that ended just now
+            raise InputError(f"another run is writing to {run_dir}: wait for it, or choose run_dir=...")
         try:
             yield
         finally:

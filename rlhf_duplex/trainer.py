@@ -3,6 +3,7 @@
 Everything is checked before the model is loaded, and everything a run leaves is in its run folder.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -341,7 +342,7 @@ def train(config: Config, console: Console | None = None) -> Path:
 
 def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     run_dir = prepare_run_dir(config)
-    check_data(run_dir, config.resume, {"segments": manifest_path(config.segments, "train")})
+    check_data(run_dir, config.resume, config.checkpoint, {"segments": manifest_path(config.segments, "train")})
     with running(config, inputs, run_dir, console) as trainer:
         try:
             before, after = _evaluated(trainer)
@@ -375,6 +376,12 @@ def _evaluated(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any] | None]
         before = take_before(trainer.config, run_dir) if known else trainer.evaluate("before")
     else:
         raise InputError(f"{path} is missing and update {trainer.update} is past it: start without resume=true")
+    after = path.with_name("after.json")
+    if after.is_file() and trainer.update < trainer.config.trainer.updates:  # of an earlier end, of fewer updates
+        earlier = f"step_{int(read_results(after).get('update', 0)):06d}"
+        for old in (after, after.with_suffix("")):
+            if old.exists() and not old.with_name(earlier + old.suffix).exists():
+                os.rename(old, old.with_name(earlier + old.suffix))
     return before, None if trainer.run() else trainer.evaluate("after")
 
 

@@ -279,10 +279,13 @@ def _before(plan: Plan, config: Config) -> Job | Path | None:
 
 def before_key(config: Config) -> str:
     """A name for all that decides the evaluation before training: weights of rewards and the seed do not."""
+    from rlhf_duplex.run_folder import weights_digest
+
     whole = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     assert isinstance(whole, dict)
     rewards = reward_options(whole["rewards"])
     parts = {key: whole[key] for key in DECIDE_BEFORE} | {"lead_in": whole["context"]["lead_in"], "rewards": rewards}
+    parts["weights"] = weights_digest(config.checkpoint)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -22,6 +22,7 @@ class _Worker:
         doing: `starting`, `taking weights`, `playing`, `scoring`, or nothing.
         unit: that it plays; units: those that it played and has not handed in.
         version: of its weights; -1 before it has any.
+        taking: the version that it was sent.
     """
 
     process: Process
@@ -31,6 +32,7 @@ class _Worker:
     unit: int | None = None
     units: list[int] = field(default_factory=list)
     version: int = -1
+    taking: int = -1
 
 
 class RolloutPool:
@@ -161,6 +163,7 @@ class RolloutPool:
             if weights is None:
                 weights = self._late_weights()
                 self._weights = (version, weights)
+            worker.taking = version
             self._call(worker, "taking weights", handle.load_weights.remote(version, weights))
         elif self._queue:
             self._queued.append(len(self._queue))
@@ -183,8 +186,7 @@ class RolloutPool:
         elif doing == "starting" and not self._learners:
             worker.version = result
         elif doing == "taking weights":
-            assert self._weights is not None
-            worker.version = self._weights[0]
+            worker.version = worker.taking  # there may be newer ones by now
             self._seconds["sync"] += took
             self._sync_bytes += result
         elif doing == "playing":

@@ -1,5 +1,6 @@
 """`rlhf-duplex warmstart`: pairs and a checkpoint in, a run folder with a better checkpoint and a report out."""
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -94,7 +96,7 @@ class RunCallback(TrainerCallback):
     """Metrics to the run folder, progress to the terminal, and the ends that are not the last step."""
 
     def __init__(
-        self, log: MetricsLog | None, console: Console, stopped: Sequence[int], advance: Any, every: int | None
+        self, log: MetricsLog | None, console: Console, stopped: list[int], advance: Any, every: int | None
     ) -> None:
         self.log, self.console, self.stopped, self.advance, self.every = log, console, stopped, advance, every
         self.line: dict[str, float] = {}
@@ -109,9 +111,14 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.advance(1)
-        if self.stopped:
+        stop = bool(self.stopped)
+        if PartialState().num_processes > 1:  # a signal reaches them between different steps: they stop at the same
+            stop = any(gather_object([stop]))
+            if stop and not self.stopped:
+                self.stopped.append(signal.SIGTERM)
+        if stop:
             control.should_save = control.should_training_stop = True
-        last = state.global_step >= state.max_steps or bool(self.stopped)
+        last = state.global_step >= state.max_steps or stop
         if self.every is not None:
             control.should_evaluate = last or (self.every > 0 and state.global_step % self.every == 0)
         return control
@@ -262,7 +269,7 @@ def _warmstart(
     run_dir, main = Path(config.run_dir), machine.is_main_process
     if main:
         prepare_run_dir(config, partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE))
-        check_data(run_dir, config.resume, {"pairs": Path(config.pairs)})
+        check_data(run_dir, config.resume, config.checkpoint, {"pairs": Path(config.pairs)})
     machine.wait_for_everyone()
     torch.manual_seed(config.seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]

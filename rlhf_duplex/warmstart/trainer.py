@@ -303,9 +303,12 @@ class PreferenceTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(temporary / TRAINER_STATE_NAME))
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "flush"):  # the line of this step is on disk before its checkpoint
+                    callback.flush(self.state)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
-            stale = folder.parent.glob(".*")
+            stale = folder.parent.glob(".step_*")
             for old in [*sorted(folder.parent.glob("step_*"))[: -self.config.checkpointing.keep], *stale]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()

@@ -1,5 +1,7 @@
 """Which checkpoints are kept."""
 
+import json
+
 from rlhf_duplex.checkpoint import best_checkpoint, last_checkpoint, mark_best, prune
 
 
@@ -34,3 +36,14 @@ def test_what_a_kill_left_half_written_goes(tmp_path):
     (tmp_path / "checkpoints" / "..step_000004.123.123").mkdir()  # of the bundle inside it
     prune(tmp_path, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_the_link_to_the_best_is_mended_after_a_kill_between_record_and_link(tmp_path):
+    folders = [tmp_path / "checkpoints" / f"step_{step:06d}" for step in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    mark_best(tmp_path, folders[0], "reward/total", 1.0)
+    record = tmp_path / "checkpoints" / "best.json"
+    record.write_text(json.dumps({"step": "step_000002", "metric": "reward/total", "value": 2.0}))
+    prune(tmp_path, keep=1)
+    assert (tmp_path / "checkpoints" / "best").resolve() == folders[1].resolve()

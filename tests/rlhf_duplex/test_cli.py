@@ -1,6 +1,7 @@
 """The command line as a person meets it: help at once, errors in a line with exit code 2, before a model is loaded."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
 from rlhf_duplex.inputs import NANO_DATA
@@ -198,6 +201,27 @@ def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys):
         assert "another run is writing to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not put aside, and the lock is gone
     with claimed(tmp_path / "run"):  # free again
+        (tmp_path / "latest").symlink_to(tmp_path / "run")
+        with pytest.raises(InputError, match="another run is writing to"), claimed(tmp_path / "latest"):
+            pass
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tmp_path, monkeypatch):
+    take = fcntl.flock
+
+    def removed(file, how):
+        take(file, how)
+        (tmp_path / ".run.lock").unlink()  # by the run that ended between our opening it and our locking it
+
+    monkeypatch.setattr("rlhf_duplex.run_folder.fcntl.flock", removed)
+    with pytest.raises(InputError, match="another run is writing to"), claimed(tmp_path / "run"):
+        pass
+
+    def none(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("rlhf_duplex.run_folder.fcntl.flock", none)
+    with claimed(tmp_path / "run"):  # a file system without locks
         pass
 
 
@@ -225,14 +249,22 @@ def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
     path, run = manifest(tmp_path), tmp_path / "run"
     write(tmp_path, noise())
     run.mkdir()
-    check_data(run, False, {"segments": path})
-    check_data(run, True, {"segments": path})
+    check_data(run, False, "nano", {"segments": path})
+    check_data(run, True, "nano", {"segments": path})
     assert json.loads((run / "provenance.json").read_text())["versions"].keys() > {"python", "moshi", "torch"}
     manifest(tmp_path, end=2.5)
     assert "segments.jsonl is not what it was when this run began" in failing(
         capsys, f"run_dir={run}", f"segments={path}", "resume=true"
     )
-    check_data(run, False, {"segments": path})  # a run that begins anew takes what there is
+    check_data(run, False, "nano", {"segments": path})  # a run that begins anew takes what there is
+    base, other = tmp_path / "base", tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(NANO_FOLDER, base)
+    check_data(other, False, str(base), {"segments": path})
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"text_linear.weight": weights["text_linear.weight"] + 1}, base / "model.safetensors")
+    arguments = [f"run_dir={other}", f"segments={path}", f"checkpoint={base}", "resume=true"]
+    assert "base is not what it was when this run began" in failing(capsys, *arguments)
 
 
 def test_a_result_before_training_of_other_segments_is_refused(tmp_path, capsys):

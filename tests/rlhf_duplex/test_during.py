@@ -38,6 +38,18 @@ def test_evaluation_during_training_changes_nothing(tmp_path):
     assert watched[-1]["evaluation/turn_taking/reward"] == sum(rewards[0].values())
 
 
+def test_what_was_measured_at_an_earlier_end_is_not_taken_for_the_new_one(tmp_path, monkeypatch):
+    folder = tmp_path / "run" / "evaluation"
+    run(tmp_path / "run", "trainer.updates=1", "evaluation.episodes=1")
+    first = (folder / "after.json").read_bytes()
+    monkeypatch.setattr("rlhf_duplex.trainer.Trainer.run", lambda trainer: True)  # stopped at once
+    assert main(["train", f"run_dir={tmp_path / 'run'}", *SMALL, "evaluation.episodes=1", "resume=true"]) == 0
+    assert not (folder / "after.json").exists()
+    assert not (folder / "after").exists()
+    assert (folder / "step_000001.json").read_bytes() == first
+    assert list((folder / "step_000001").iterdir())
+
+
 def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):
     def stopped(*_, **__):
         signal.raise_signal(signal.SIGTERM)

@@ -157,7 +157,7 @@ class TestRun:
         with claimed(folder / "run"), pytest.raises(InputError, match="another run is writing to"):
             run(folder)
         (folder / "run").mkdir()
-        check_data(folder / "run", False, {"pairs": folder / "pairs.jsonl"})
+        check_data(folder / "run", False, "nano", {"pairs": folder / "pairs.jsonl"})
         lines = (folder / "pairs.jsonl").read_text().splitlines()
         (folder / "pairs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
         with pytest.raises(InputError, match=r"pairs\.jsonl is not what it was when this run began"):
