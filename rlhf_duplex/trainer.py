@@ -3,7 +3,6 @@
 Everything is checked before the model is loaded, and everything a run leaves is in its run folder.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from rlhf_duplex.cluster.roles import Rollouts, in_order, make_units
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.during import record_during
 from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options, segment_values
-from rlhf_duplex.evaluation.suite import record_suite, suite_episodes, take_before
+from rlhf_duplex.evaluation.suite import put_aside, record_suite, suite_episodes, take_before
 from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs, manifest_path
 from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
@@ -70,6 +69,7 @@ class Trainer:
         self.cluster = make_cluster(config, inputs, console)
         self.update = 0
         self.stopped: Sequence[int] = ()  # signals that asked for an end
+        self._played: set[str] = set()  # axes of the segments of the last update
         self._begun: int | None = None  # the update whose episodes are being rolled out
         if folder is not None:
             self.update = self.cluster.restore(folder)
@@ -195,6 +195,7 @@ class Trainer:
         diagnostics = self.cluster.learn(batch, self.update)
         now = time.perf_counter()
         seconds = sum(episode.duration for episode in found.episodes)
+        self._played = {episode.segment.axis for episode in found.episodes}
         metrics = {
             "reward/total": function.mean_total(found.episodes, found.scores),
             **_by_axis(result),
@@ -252,9 +253,13 @@ class Trainer:
 
     def _warn(self, metrics: dict[str, float]) -> None:
         """Of what an update alone can show: an axis without any score, a best checkpoint by what is no metric."""
-        for name, weight in self.inputs.reward_function.weights.items():
-            if weight and not np.isfinite(metrics.get(f"reward/{name}", np.nan)):
-                self.console.print(f"reward axis '{name}' gave no score in this update: is there a segment for it?")
+        function, trained = self.inputs.reward_function, {segment.axis for segment in self.inputs.trained}
+        for name, weight in function.weights.items():
+            applies = set(function.axes[name].applies_to)
+            if weight and not applies & trained:
+                self.console.print(f"reward axis '{name}' scores {', '.join(applies)}: none of it is trained on")
+            elif weight and applies & self._played and not np.isfinite(metrics.get(f"reward/{name}", np.nan)):
+                self.console.print(f"reward axis '{name}' gave no score in this update: `rewards check` says more")
         best = self.config.checkpointing.best.removeprefix("-")
         if best and best not in metrics and not best.startswith("evaluation/"):
             close = ", ".join(get_close_matches(best, metrics)) or "see metrics.jsonl"
@@ -376,12 +381,8 @@ def _evaluated(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any] | None]
         before = take_before(trainer.config, run_dir) if known else trainer.evaluate("before")
     else:
         raise InputError(f"{path} is missing and update {trainer.update} is past it: start without resume=true")
-    after = path.with_name("after.json")
-    if after.is_file() and trainer.update < trainer.config.trainer.updates:  # of an earlier end, of fewer updates
-        earlier = f"step_{int(read_results(after).get('update', 0)):06d}"
-        for old in (after, after.with_suffix("")):
-            if old.exists() and not old.with_name(earlier + old.suffix).exists():
-                os.rename(old, old.with_name(earlier + old.suffix))
+    if trainer.update < trainer.config.trainer.updates:
+        put_aside(run_dir, "after")
     return before, None if trainer.run() else trainer.evaluate("after")
 
 

@@ -99,6 +99,24 @@ class RolloutPool:
             if any(worker.process is process for process in processes):
                 worker.version = version
 
+    def look_for_dead(self) -> None:
+        """Start anew who died with nothing to do: a broadcast would wait for them.
+
+        Raises:
+            LearnersLostError, ClusterError: as when one dies at work.
+        """
+        asked = [(i, w, w.process.handle.place.remote()) for i, w in enumerate(self._workers) if w.ref is None]
+        refs = [ref for _, _, ref in asked]
+        ready = set(ray.wait(refs, num_returns=len(refs), timeout=self.config.cluster.timeout)[0]) if refs else set()
+        for index, worker, ref in asked:
+            try:
+                if ref not in ready:
+                    kill(worker.process)
+                    raise GoneError(f"{worker.process} gave no sign of life: killed")
+                result_of(worker.process, ref)
+            except GoneError as error:
+                self._bury(index, str(error))
+
     def begin(self, units: Sequence[Unit]) -> None:
         """Units to play; the ones before are forgotten."""
         self._forget()

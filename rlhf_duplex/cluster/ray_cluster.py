@@ -109,6 +109,7 @@ class RayCluster:
 
     def _broadcast(self) -> bool:
         """A collective broadcast to all workers that have started; False where it did not come about."""
+        self.pool.look_for_dead()
         workers, learners, seconds = self.pool.processes, self._learners.processes, self.config.cluster.timeout
         if not workers:
             return False

@@ -116,6 +116,18 @@ def take_before(config: Config, run_dir: Path) -> dict[str, Any]:
     return record
 
 
+def put_aside(run_dir: Path, name: str) -> None:
+    """Name a result of an earlier end, and its episodes, after the update that it is of: the run goes on."""
+    result = run_dir / "evaluation" / f"{name}.json"
+    if not result.is_file():
+        return
+    update = int(read_results(result).get("update", 0))
+    for old in (result, result.with_suffix("")):
+        new = old.with_name(f"step_{update:06d}{old.suffix}")
+        if old.exists() and not new.exists():
+            os.rename(old, new)
+
+
 def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Scores], per_axis: int) -> None:
     """The first `per_axis` segments' episodes of every axis, each in a folder of its id with `scores.json` beside."""
     shutil.rmtree(folder, ignore_errors=True)

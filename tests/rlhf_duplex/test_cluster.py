@@ -146,6 +146,28 @@ def test_a_run_survives_deaths_and_a_node_that_goes(nodes, folder, tmp_path):
     assert stormy == calm
 
 
+def test_a_worker_that_dies_with_nothing_to_do_holds_up_no_broadcast(nodes, folder, tmp_path):
+    failures = []
+
+    def kill_after_learning(trainer):
+        cluster, learn = trainer.cluster, trainer.cluster.learn
+
+        def learn_then_kill(batch, update):
+            diagnostics = learn(batch, update)
+            os.kill(cluster.pool.processes[-1].where["pid"], signal.SIGKILL)
+            cluster.learn = learn  # once
+            return diagnostics
+
+        if trainer.update == 0:
+            cluster.learn = learn_then_kill
+        failures.append(cluster.failures)
+
+    limits = {"cluster.workers": 2, "cluster.weights": "broadcast", "cluster.timeout": 60, "cluster.max_failures": 1}
+    found = updates(folder, tmp_path / "run", kill_after_learning, trainer__updates=3, **limits)
+    assert [line["update"] for line in found] == [1, 2, 3]
+    assert failures[-1] == 1  # the worker; no learner was given up for it
+
+
 def test_a_hung_worker_is_found_out_and_the_run_gives_up_honestly(nodes, folder, tmp_path):
     def stop(trainer):
         while not trainer.cluster.pool.processes:

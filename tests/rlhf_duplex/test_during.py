@@ -69,16 +69,17 @@ def test_the_first_update_tells_what_no_configuration_could(tmp_path, capsys):
     )
     run(
         tmp_path / "run",
-        f"rewards={{turn_taking: {{weight: 1}}, mute: {{weight: 1, target: {axes}}}}}",
+        f"rewards={{turn_taking: {{weight: 1}}, backchannel: {{weight: 1}}, mute: {{weight: 1, target: {axes}}}}}",
         "checkpointing.best=reward/totl",
         "train_axes=[turn_taking]",
         "evaluation.episodes=0",
     )
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("reward axis 'mute' gave no score in this update") == 1
+    assert shown.count("reward axis 'backchannel' scores backchannel: none of it is trained on") == 1
     assert shown.count("checkpointing.best: 'reward/totl' is no metric (reward/total") == 1
     config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "backchannel" not in config.partition("rewards:")[2]  # the command line's rewards are all there are
+    assert "pause_handling" not in config.partition("rewards:")[2]  # the command line's rewards are all there are
 
 
 def test_rl_trains_in_live_dialogues(tmp_path):
