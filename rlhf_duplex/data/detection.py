@@ -20,7 +20,7 @@ from rlhf_duplex.data.recordings import Recording, check_recording, files_finger
 
 _VERSION = 1
 _ENOUGH_WORDS, _LEAST_AGREEMENT, _SLACK_SECONDS = 20, 0.5, 0.3
-_ENOUGH_SECONDS, _SAME_SHARE = 10.0, 0.9
+_SILENT_SECONDS, _SAME_SECONDS, _SAME_SHARE = 60.0, 5.0, 0.9
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _sources(recording: Recording) -> list[tuple[Path, Sequence[int]]]:
 
 def silent_sides(speech: Sequence[Sequence[Interval]], seconds: float) -> list[str]:
     """A side on which nobody speaks, in a recording long enough to tell."""
-    quiet = [side for side, intervals in enumerate(speech) if not intervals and seconds >= _ENOUGH_SECONDS]
+    quiet = [side for side, intervals in enumerate(speech) if not intervals and seconds >= _SILENT_SECONDS]
     return [f"no speech on channel {side} in {seconds:.0f} s: is it the speaker's?" for side in quiet]
 
 
@@ -154,7 +154,7 @@ def same_speaker(speech: tuple[Sequence[Interval], Sequence[Interval]]) -> bool:
         both += one.overlap(other)
         i, j = (i + 1, j) if one.end <= other.end else (i, j + 1)
     either = sum(interval.duration for side in speech for interval in side) - both
-    return both >= _ENOUGH_SECONDS / 2 and both > _SAME_SHARE * either
+    return both >= _SAME_SECONDS and both > _SAME_SHARE * either
 
 
 def disagreements(words: Sequence[Sequence[Word]], speech: Sequence[Sequence[Interval]]) -> list[str]:
