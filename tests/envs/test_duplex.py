@@ -8,7 +8,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from envs import ContextSchedule, DuplexDialogueEnv, DuplexDialogueVectorEnv, InputError
+from envs import ContextSchedule, DuplexDialogueEnv, DuplexDialogueVectorEnv, EnergyDetector, InputError
+from envs.dialogues import UserSides, padded_user_audio
 from rewards import RewardFunction, RewardSpec
 
 AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
@@ -181,3 +182,23 @@ def test_unknown_segment_and_no_segment(nano, silero, one_of_each):
         env.reset(options={"segments": ["nowhere"]})
     with pytest.raises(InputError, match="at least one segment"):
         DuplexDialogueVectorEnv([], nano.codec, silero)
+
+
+def test_both_channels_of_a_recording_are_two_users(nano, one_of_each):
+    segment = replace(one_of_each[0], events={})
+    other = replace(segment, user_channel=1 - segment.user_channel)
+    users = UserSides(nano.codec, EnergyDetector(), 0.4).get([(segment, 0.0), (other, 0.0)])
+    for user, expected in zip(users, (segment, other), strict=True):
+        assert np.array_equal(user.audio, padded_user_audio(expected, nano.codec, 0.4))
+    assert not np.array_equal(users[0].audio, users[1].audio)
+
+
+def test_context_is_what_the_recording_has_before_the_segment(nano, one_of_each):
+    # 0.5 s of context are 6 whole frames, 0.48 s: the same audio as a segment that begins so much earlier.
+    segment = replace(one_of_each[0], start=one_of_each[0].start + 1.0, events={})
+    earlier = replace(segment, start=segment.start - 6 / 12.5)
+    users = UserSides(nano.codec, EnergyDetector(), 0.4)
+    (with_context,), (without,) = users.get([(segment, 0.5)]), users.get([(earlier, 0.0)])
+    assert len(with_context.audio) == len(without.audio)
+    assert np.array_equal(with_context.audio, without.audio)
+    assert with_context.audio[5 * nano.codec.frame_samples :].any()

@@ -65,3 +65,17 @@ def test_a_segment_without_user_speech_is_refused(segment):
         InputError, match=r"segment 's' of .* holds no user speech on channel 1: is `user_channel` right"
     ):
         completed(segment("turn_taking", [], [(2, 4)]))
+
+
+def test_an_interruption_comes_after_the_users_first_utterance(segment):
+    # The user's first utterance begins while the agent ends what came before: the second one barges in.
+    user, agent = [(1.5, 3), (5, 7)], [(1.1, 2.0), (3.2, 5.4)]
+    assert np.allclose(completed(segment("user_interruption", user, agent))["interruption"], [5, 7], atol=TOLERANCE)
+
+
+def test_true_backchannels_are_whole_utterances_of_at_most_a_second(segment):
+    # 0.4 and 0.5 s with 0.4 s between them are one utterance of 1.3 s; 0.9 s are a backchannel.
+    agent = [(3, 3.4), (3.8, 4.3), (6, 6.9), (9, 10.1)]
+    assert np.allclose(
+        completed(segment("backchannel", [(2, 11)], agent))["true_backchannels"], [[6, 6.9]], atol=TOLERANCE
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs import InputError
-from rewards import RewardFunction, RewardSpec
+from rewards import EarlyScores, RewardFunction, RewardSpec
 
 
 def test_the_sum_leaves_out_axes_without_a_score(episode):
@@ -57,3 +57,12 @@ def test_wrong_configurations():
     for eps in (0, "little", math.inf):
         with pytest.raises(InputError, match="'backchannel': `advantage_eps` must be a positive number"):
             RewardFunction({"backchannel": RewardSpec(advantage_eps=eps)})
+
+
+def test_scores_that_come_in_batches_go_to_their_own_places(episode):
+    function = RewardFunction({"turn_taking": RewardSpec()})
+    episodes = [episode("turn_taking", [(10.0 + 0.1 * i, 12.0)], user_turn_end=10.0) for i in range(4)]
+    early = EarlyScores(function)
+    for rows in ([3, 0], [2, 1]):  # long dialogues first, as `rollout` plays them
+        early.add(rows, [episodes[row] for row in rows])
+    assert [row["turn_taking"].value for row in early.finish()] == pytest.approx([0.0, -0.1, -0.2, -0.3])

@@ -191,3 +191,22 @@ def test_wrong_option_values_are_refused():
         Backchannel(tolerance=-1)
     with pytest.raises(InputError, match=r"'pause_handling': option `takeover_seconds` .* found 'long'"):
         PauseHandling(takeover_seconds="long")
+
+
+def test_the_options_of_the_axes_are_heard(episode):
+    # 0.7 s and 0.6 s of speech, 0.6 s apart: one utterance of 1.9 s, or two that take no turn.
+    spoken = episode("turn_taking", [(10.2, 10.9), (11.5, 12.1)], user_turn_end=10.0)
+    assert [score(TurnTaking(max_pause=p), spoken).value for p in (1.0, 0.5)] == pytest.approx([-0.2, -10.0])
+    assert (
+        score(TurnTaking(max_pause=0.4), episode("turn_taking", (), [(6, 8), (8.5, 9)])).details["user_turn_end"] == 8
+    )
+    # Starts 0.5 s apart; 0.8 s long.
+    said = episode("backchannel", [(5.5, 6.3)], true_backchannels=[[5.0, 5.4]])
+    assert [score(Backchannel(tolerance=t), said).value for t in (0.5, 0.4)] == [1.0, 0.0]
+    takeovers = [score(Backchannel(backchannel_seconds=s), said).details["takeover"] for s in (0.8, 0.7)]
+    assert takeovers == [False, True]
+    # 1 s of overlap is 0.5 s beyond half a second.
+    over = episode("user_interruption", [(3, 9.0), (12.4, 14)], interruption=[8.0, 12.0])
+    assert score(UserInterruption(yield_weight=0.5, yield_seconds=0.5), over).value == pytest.approx(-0.4 - 0.25)
+    user = episode("user_interruption", [], [(3, 5), (8, 10), (10.5, 12)])
+    assert score(UserInterruption(max_pause=0.4), user).details["interruption"] == [10.5, 12]

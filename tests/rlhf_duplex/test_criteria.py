@@ -172,3 +172,24 @@ def test_segments_of_any_length_or_not():
     assert reason("pause_handling", long, []) == ["segment longer than 120 s"]
     assert "pause_handling" in found(long, [], max_seconds=0)[0]
     assert "pause_handling" in found([(0, 2), (2.5, 120)], [])[0]
+
+
+def test_a_backchannel_over_the_users_beginning_is_none_of_the_true_ones():
+    candidates, _ = found([(0, 5)], [(-0.4, 0.3), (2, 3)])
+    assert candidates["backchannel"][0].events == {"true_backchannels": [[2, 3]]}
+
+
+def test_who_begins_at_the_same_moment_does_not_interrupt():
+    candidates, rejected = found([(0, 3), (4.5, 7.5)], [(4.5, 7.5), (8, 11)])
+    assert "user_interruption" not in candidates
+    assert rejected["user_interruption"] == {}
+
+
+def test_the_answer_to_an_interruption_may_begin_before_its_end():
+    candidates, _ = found([(0, 3), (6.19, 9.19)], [(3.2, 6.2), (9.0, 12)])
+    (one,) = candidates["user_interruption"]
+    assert (one.start, one.end, one.events) == (0, 12, {"interruption": [6.19, 9.19]})
+
+
+def test_a_backchannel_up_to_the_users_end_is_no_beginning():
+    assert "turn_taking" in found([(1, 6)], [(5.0, 5.7), (7.3, 7.4)], turn_max_gap=2.0, turn_min=0.1)[0]

@@ -150,3 +150,14 @@ def test_overlaps_and_gaps():
     user, agent = [Interval(0, 4), Interval(6, 7)], [Interval(1, 2), Interval(3, 6.5), Interval(8, 9)]
     assert overlaps(user, agent) == [Interval(1, 2), Interval(3, 4), Interval(6, 6.5)]
     assert response_gaps(user, agent) == [Interval(7, 8)]  # 4 -> 8 leads to the same beginning
+
+
+def test_users_and_agents_gaps_are_not_the_same():
+    # A silence of 0.55 s is within a stretch of the user's (0.6 s), and parts two of the agent's (0.5 s).
+    parted, whole = [Interval(0.0, 1.0), Interval(1.55, 3.0)], [Interval(0.0, 3.0)]
+    assert overlap_metrics(parted, whole) == {"stop_latency": pytest.approx(3.0)}
+    assert overlap_metrics(whole, parted) == {"stop_latency": pytest.approx((1.0 + 1.45) / 2)}
+
+
+def test_three_seconds_are_not_yet_long():
+    assert backchannel([Interval(1.0, 4.0)], [], 10.0, None) == {"takeover_rate": 1.0, "frequency": 0.1}

@@ -38,3 +38,13 @@ def test_the_choice_is_a_random_one():
     # Of 50 alike, each of 400 seeds takes one: all but a few are taken at some time (50 * (49/50)^400 = 0.02 missing).
     taken = {spread(corpus([("r0", "ann", 50)]), 1, seed=seed)[0].id for seed in range(400)}
     assert len(taken) >= 48
+
+
+def test_no_recording_comes_twice_in_a_round_before_the_others_have_come():
+    # Four speakers, two in each recording: of any two that are chosen, one is of each.
+    items = []
+    for name in ("r0", "r1"):
+        recording = Recording(name, tuple(Side(Path(name), side, f"{name}-{side}") for side in (0, 1)))
+        items += [Found(recording, side, Candidate("turn_taking", 1.0, 6.0, {})) for side in (0, 1)]
+    for seed in range(10):
+        assert {item.recording.id for item in spread(items, 2, seed)} == {"r0", "r1"}
