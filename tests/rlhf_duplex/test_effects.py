@@ -76,3 +76,8 @@ def test_interval_over_seeds():
 def test_domination():
     costs = {"a": (1.0, 4.0), "b": (2.0, 2.0), "c": (2.0, 3.0), "d": (1.0, 4.0), "e": (5.0, 5.0)}
     assert dominated_by(costs) == {"a": [], "b": [], "c": ["b"], "d": [], "e": ["a", "b", "c", "d"]}
+
+
+def test_seeds_agree_with_a_mean_below_zero_too():
+    assert crossed_effect(-np.array([[1.0, 1.0, 1.0], [2.0, 3.0, 4.0]])).agreeing == 2
+    assert crossed_effect(np.array([[1.0, 1.0, 1.0], [-2.0, -3.0, -4.0]])).agreeing == 1

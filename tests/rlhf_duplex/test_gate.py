@@ -109,3 +109,10 @@ def test_gate_of_the_held_out_suite(tmp_path, capsys):
     assert "1 condition(s) of --fail-if pass" in capsys.readouterr().out
     assert main([*arguments, f"run_dir={tmp_path / 'three'}", *worse]) == 2  # nothing was played for it
     assert not (tmp_path / "three").exists()
+
+
+def test_the_gate_closes_at_five_percent():
+    # All worse by as much: p is 2 / 2^5 = 0.063 of five segments, 2 / 2^6 = 0.031 of six.
+    for count, closed in ((5, False), (6, True)):
+        base, worse = result(latency=[0.0] * count), result(latency=[0.1] * count)
+        assert bool(fails("turn_taking.latency worse", worse, base)) is closed

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from envs.episode import Episode
 from envs.errors import InputError
-from envs.segments import Segment
+from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from rewards import Score
 from rlhf_duplex.evaluation import metrics
@@ -201,3 +201,31 @@ def test_table_names_what_changed(tmp_path):
     assert "no change" in next(row for row in rows if "takeover_rate" in row)
     console.print(metrics.format_table(before, None))
     assert "difference" not in console.export_text()
+
+
+def test_what_is_better_for_every_timing_metric():
+    lower = {
+        ("pause_handling", "takeover_rate"),
+        ("turn_taking", "latency"),
+        ("turn_taking", "barge_in_rate"),
+        ("backchannel", "takeover_rate"),
+        ("backchannel", "jsd"),
+        ("user_interruption", "latency"),
+    }
+    higher = {
+        ("turn_taking", "takeover_rate"),
+        ("backchannel", "f1"),
+        ("user_interruption", "takeover_rate"),
+        *((axis, "reward") for axis in SEGMENT_AXES),
+    }
+    more = Estimate(0.2, 0.1, 0.3, 9)
+    assert {m for m in lower | higher if metrics.verdict(*m, more) == "worse"} == lower
+    assert {m for m in lower | higher if metrics.verdict(*m, more) == "better"} == higher
+    named = {m for m in metrics.DIRECTION if m[0] in SEGMENT_AXES and metrics.DIRECTION[m]}
+    assert named >= (lower | higher) - {(axis, "reward") for axis in SEGMENT_AXES}
+
+
+def test_f1_of_a_segment_without_true_backchannels():
+    nothing = {"true_backchannels": []}
+    assert metrics.episode_metrics(episode("backchannel", events=nothing))["f1"] == 1.0
+    assert metrics.episode_metrics(episode("backchannel", (3.0, 3.4), events=nothing))["f1"] == 0.0

@@ -354,3 +354,15 @@ def test_kept_caches_begin_anew(nano):
     finally:
         gc.enable()
     assert policy._kept is None
+
+
+def test_every_codebook_has_a_norm_of_its_own():
+    model = small_model([0, 0, 1, 1, 0, 1, 1], 3, depformer_norm="layer_norm")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.depformer_norms.parameters():  # all the same when they are made
+            parameter += torch.randn(parameter.shape, generator=generator)
+    codes = user_codes(model, 3, batch=3, frames=15)
+    expected = stock_greedy(model, codes)
+    actions, _ = act_all(MoshiPolicy(model, GREEDY), codes)
+    assert all(torch.equal(actions[:, t], expected[t][:, :, 0]) for t in range(1, 15))

@@ -138,3 +138,9 @@ def test_holm_by_hand():
     assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_p_counts_the_swap_that_was_found():
+    # 40 segments, each 1 better: no drawn swap comes near, and p is 1 / (999 + 1), not 0.
+    before, after = ({f"s{i}": float(v) for i in range(40)} for v in (0, 1))
+    assert permutation_test(before, after, draws=999).p == pytest.approx(1 / 1000)

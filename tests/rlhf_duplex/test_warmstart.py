@@ -389,3 +389,41 @@ class TestParts:
         after = load_file(tmp_path / "run" / "checkpoints" / "step_000003" / "model.safetensors")
         moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
         assert moved == {"temporal"}
+
+
+def test_scores_of_pairs_of_other_lengths_are_in_the_order_of_the_pairs(nano):
+    # From long to short: batches are made from short to long.
+    pairs = [
+        replace(p, chosen=p.chosen[:, : 8 - i], chosen_span=(1, 8 - i)) for i, p in enumerate(make_pairs(nano.lm, 5))
+    ]
+    alone = torch.cat([score_pairs(nano.lm, [pair], config_of()) for pair in pairs])
+    together = score_pairs(nano.lm, pairs, config_of(training__microbatch=2))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_text_is_scored_as_the_objective_sees_it(nano):
+    from rlhf_duplex.policy.moshi import MoshiPolicy
+    from rlhf_duplex.policy.sampling import Sampling
+    from rlhf_duplex.warmstart.data import PairCollator
+    from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
+
+    config = config_of(loss__objective="speaking")
+    batch = PairCollator(stream_ids(nano.lm, "text"))([(pair, None) for pair in make_pairs(nano.lm, 2)])
+    with torch.no_grad():
+        found = PairModel(nano.lm, objective=make_objective(nano.lm, config.loss))(**batch).log_probs
+        _, distribution = MoshiPolicy(nano.lm, Sampling(text_temperature=1.0)).evaluate_actions(batch["codes"])
+    silent = distribution[..., nano.lm.text_padding_token_id].exp()
+    spoke = batch["codes"][:, 0] != nano.lm.text_padding_token_id
+    mask = batch["loss_mask"]
+    torch.testing.assert_close(found[mask].exp(), torch.where(spoke, 1 - silent, silent)[mask], atol=1e-5, rtol=1e-4)
+    assert spoke[mask].any()
+    assert not spoke[mask].all()
+
+
+def test_only_text_has_padding_that_is_not_counted():
+    from rlhf_duplex.warmstart.data import PairCollator, StreamIds
+
+    # Codes 3 and 0 are codes as any: 1 word and 4 + 3 codes; 1 word and 2 + 1 codes.
+    ids = StreamIds((0, 1, 2), (3, 0))
+    batch = PairCollator(ids, span="reply", count_pad=False)([(TestCollator().pair(), None)])
+    assert batch["completion_mask"].sum(dim=1).tolist() == [1 + 4 + 3, 1 + 2 + 1]
