@@ -132,3 +132,9 @@ def test_a_large_eps_lets_small_differences_count_for_little():
     apart = combine_advantages({"turn": hundredths}, {"turn": 1.0}, eps={"turn": 0.3}).advantages
     assert apart[0, -1] == pytest.approx(-0.03 / (0.0003**0.5 + 0.3), rel=1e-4)
     assert apart[1, -1] == pytest.approx(-3.0 / (3.0**0.5 + 0.3), rel=1e-4)
+
+
+def test_whitening_where_each_segment_has_an_axis_of_its_own():
+    rewards = {"a": torch.tensor([[0.0, 2.0], [NAN, NAN]]), "b": torch.tensor([[NAN, NAN], [5.0, 1.0]])}
+    result = combine_advantages(rewards, {"a": 1.0, "b": 1.0}, whiten=True)
+    torch.testing.assert_close(result.advantages, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), atol=1e-3, rtol=0)

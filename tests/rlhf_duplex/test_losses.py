@@ -162,3 +162,9 @@ def test_with_which_word_a_sentence_begins_gets_no_gradient_where_words_are_told
     assert torch.allclose(shares, shares[0].expand(3), atol=1e-5)  # all by the same factor: their odds stay
     assert grouped[5] > 0 > grouped[3]
     assert single[4] < 0 < single[5]
+
+
+def test_the_token_that_announces_a_word_is_none():
+    # 3 is silent, 0 announces: the word after it is still one with which the agent begins, the next is not.
+    text = torch.tensor([[3, 3, 0, 7, 8]])
+    assert Objective("onsets", onset_frames=2).onsets(text).tolist() == [[True, True, True, True, False]]

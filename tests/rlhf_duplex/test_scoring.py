@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from rlhf_duplex.algorithms.losses import entropy, exact_kl, truncated_weights
+from rlhf_duplex.algorithms.losses import entropy, exact_kl, masked_mean, truncated_weights
 from rlhf_duplex.algorithms.objectives import Objective
-from rlhf_duplex.config import OptimiserConfig, TrainerConfig
+from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig
 from rlhf_duplex.learner import Batch, Learner
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.lora import add_lora, is_fresh, without_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
-from rlhf_duplex.policy.scoring import score_text
+from rlhf_duplex.policy.scoring import _drift, score_text
 
 FRAMES = 12
 SETTLED = OptimiserConfig(learning_rate=1e-4, schedule="constant", warmup_updates=0)
@@ -203,3 +203,86 @@ class TestImportance:
         assert results["truncated"]["loss"] == pytest.approx(-1.5, rel=1e-4)  # 1 times the cap
         assert results["truncated"]["grad_norm"] > 1e-3
         assert results["truncated"]["ratio_first"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"kl_beta": 0.5}, lambda scores, onsets: scores.kl),
+        ({"sentence_kl_beta": 0.5}, lambda scores, onsets: scores.kl * ~onsets),
+        ({"objective": "onsets", "opening_kl_beta": 0.5}, lambda scores, onsets: scores.word_kl * onsets),
+        ({"audio_beta": 0.5}, lambda scores, onsets: scores.drift),
+    ],
+    ids=lambda value: next((name for name in value if name.endswith("beta")), "") if isinstance(value, dict) else "",
+)
+def test_penalties_are_in_the_loss_with_their_sign_and_weight(options, part):
+    """Without any advantage the loss is half the mean distance to the reference, and steps reduce it."""
+    config = TrainerConfig(**({"kl_beta": 0.0, "minibatch": 4, "onset_frames": 1} | options))
+    learner = Learner(MoshiPolicy(load_bundle("nano").lm), config, SETTLED, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.policy.lm.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    codes, mask = some_codes(learner.policy.lm, 4), a_mask(4)
+    onsets = learner.objective.onsets(codes[:, 0])
+    assert onsets[mask].any()
+    assert not onsets[mask].all()
+
+    def distance():
+        with torch.no_grad():
+            scores = score_text(
+                learner.policy, codes, mask, learner.reference, learner.objective, drift=True, word_kl=True
+            )
+            return masked_mean(part(scores, onsets), mask).mean().item()
+
+    with torch.no_grad():
+        drawn = score_text(learner.policy, codes, mask).tokens
+    before = distance()
+    assert before > 1e-3
+    losses = [learner.update(Batch(codes, drawn, mask, torch.zeros(4)), update)["loss"] for update in range(3)]
+    assert losses[0] == pytest.approx(0.5 * before, rel=1e-3)
+    assert distance() < before
+
+
+def test_drift_by_hand(nano):
+    # |(1, 2) - (1, 0)|^2 / |(1, 0)|^2 = 4; |(0, 3) - (3, 4)|^2 / 25 = 10 / 25.
+    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert _drift(ours, theirs).tolist() == pytest.approx([4.0, 0.4])
+
+
+def test_ppo_raises_what_was_rewarded_and_learns_its_values():
+    trainer = TrainerConfig(algorithm="ppo", minibatch=8, kl_beta=0.0)
+    learner = Learner(MoshiPolicy(stirred(0)), trainer, SETTLED, 0, ppo=PpoConfig(value_learning_rate=1e-2))
+    batch = a_batch(learner.policy, 8)
+    rewards = torch.tensor([1.0, -1.0] * 4)
+    batch = Batch(batch.codes, batch.log_probs, batch.mask, rewards)
+    found = [learner.update(batch, update) for update in range(6)]
+    with torch.no_grad():
+        log_probs, _ = learner.policy.evaluate_actions(batch.codes)
+    gain = torch.where(batch.mask, log_probs - batch.log_probs, 0.0).sum(dim=1)
+    assert gain[rewards > 0].sum() > 0 > gain[rewards < 0].sum()
+    assert found[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert found[-1]["explained_variance"] > 0.3
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_is_configured():
+    moved = []
+    for clip_norm in (1e9, 1e-9):  # far below Adam's eps of 1e-8: clipped, a step is hardly one
+        optimiser = OptimiserConfig(
+            learning_rate=1e-4, schedule="constant", warmup_updates=0, clip_norm=clip_norm, weight_decay=0.0
+        )
+        learner = Learner(MoshiPolicy(stirred(0)), TrainerConfig(minibatch=4), optimiser, 0)
+        before = learner.policy.lm.text_linear.weight.clone()
+        learner.update(a_batch(learner.policy, 4), 0)
+        moved.append((learner.policy.lm.text_linear.weight - before).abs().max().item())
+    assert moved[0] == pytest.approx(1e-4, rel=0.1)
+    assert moved[1] < 1e-5
+
+
+def test_values_are_of_their_own_frames(nano):
+    policy, codes, mask = MoshiPolicy(nano.lm), some_codes(nano.lm), a_mask()
+    with torch.no_grad():
+        expected = policy.text_hidden(codes).sum(dim=-1)
+        found = score_text(policy, codes, mask, critic=lambda hidden: hidden.sum(dim=-1)).values
+    torch.testing.assert_close(found[mask], expected[mask])
+    assert (found[~mask] == 0).all()
