@@ -9,7 +9,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from envs import ContextSchedule, DuplexDialogueEnv, DuplexDialogueVectorEnv, EnergyDetector, InputError
-from envs.dialogues import UserSides, padded_user_audio
+from envs.dialogues import UserSides, finish_dialogues, padded_user_audio
 from rewards import RewardFunction, RewardSpec
 
 AXES = ("pause_handling", "turn_taking", "backchannel", "user_interruption")
@@ -202,3 +202,19 @@ def test_context_is_what_the_recording_has_before_the_segment(nano, one_of_each)
     assert len(with_context.audio) == len(without.audio)
     assert np.array_equal(with_context.audio, without.audio)
     assert with_context.audio[5 * nano.codec.frame_samples :].any()
+
+
+def test_words_have_the_times_of_their_frames(nano, one_of_each):
+    user = UserSides(nano.codec, EnergyDetector(), 0.4).get([(one_of_each[0], 0.0)])
+    text = torch.full((1, 12), 3)
+    for frame, word in ((3, "good"), (8, "help")):
+        tokens = nano.tokenizer.encode(word)
+        text[0, frame : frame + len(tokens)] = torch.tensor(tokens)
+    nothing = torch.full((1, 12, nano.codec.agent_codebooks), nano.codec.audio_cardinality)
+    (episode,) = finish_dialogues(
+        user, torch.cat([text[..., None], nothing], dim=-1), [12], nano.codec, EnergyDetector()
+    )
+    lengths = [len(nano.tokenizer.encode(word)) for word in ("good", "help")]
+    assert [word.text for word in episode.words] == ["good", "help"]
+    assert [word.start for word in episode.words] == pytest.approx([3 / 12.5, 8 / 12.5])
+    assert [word.end for word in episode.words] == pytest.approx([(3 + lengths[0]) / 12.5, (8 + lengths[1]) / 12.5])

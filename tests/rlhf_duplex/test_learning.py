@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cluster_runs import options, write_inputs
 from rich.console import Console
 
 from envs.episode import Episode
@@ -14,14 +15,16 @@ from envs.errors import InputError
 from envs.segments import write_manifest
 from envs.vector import DuplexDialogueVectorEnv
 from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig, load_config
+from rlhf_duplex.inputs import load_inputs
 from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.run_folder import prepare_run_dir
 from rlhf_duplex.sampler import segments_of_update
-from rlhf_duplex.trainer import train
+from rlhf_duplex.trainer import running, train
 
 QUIET = Console(quiet=True)
 SAMPLING = Sampling(text_temperature=1.0, audio_top_k=0)
@@ -314,3 +317,40 @@ def test_the_run_folder_holds_what_design_says(tmp_path, few):
     assert not [name for name in names if "/." in name or name.startswith(".")]  # nothing half-written
     result = json.loads((run / "evaluation" / "before.json").read_text())
     assert set(result["axes"]["turn_taking"]["reward"]) == {"mean", "low", "high", "n"}
+
+
+EPS = 0.5  # added to a group's spread
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "by_hand"),
+    [
+        ("grpo", lambda r: (r - r.mean()) / (r.std() + EPS)),
+        ("rloo", lambda r: (r - r.mean()) * len(r) / (len(r) - 1)),
+        ("dr_grpo", lambda r: r - r.mean()),
+    ],
+)
+def test_an_episodes_advantage_is_over_those_of_its_own_segment(algorithm, by_hand, tmp_path, nano_segments):
+    write_inputs(tmp_path, nano_segments)
+    arguments = options(
+        tmp_path, tmp_path / "run", trainer__algorithm=algorithm, trainer__group_size=3, trainer__minibatch=6,
+        context__probability=1, context__max_seconds=1.0, context__schedule="constant", sampling__text_temperature=3.0,
+        rewards__words__advantage_eps=EPS, rewards__pause_handling__weight=0,
+    )  # fmt: skip
+    config, seen = load_config(None, arguments), {}
+    inputs = load_inputs(config)
+    with running(config, inputs, prepare_run_dir(config), Console(quiet=True)) as trainer:
+        rollouts, learn = trainer.rollouts, trainer.cluster.learn
+        trainer.rollouts = lambda: seen.setdefault("found", rollouts())
+        trainer.cluster.learn = lambda batch, update: learn(seen.setdefault("batch", batch), update)
+        trainer.step()
+    found = seen["found"]
+    groups = {}
+    for row, episode in enumerate(found.episodes):
+        groups.setdefault(episode.segment.id, []).append(row)
+    assert [len(rows) for rows in groups.values()] == [3, 3]
+    for rows in groups.values():
+        assert len({found.episodes[row].scored_from for row in rows}) == 1  # one context for all of a group
+        rewards = np.array([found.scores[row]["words"].value for row in rows])
+        assert rewards.std() > 1e-3
+        assert seen["batch"].advantages[rows].tolist() == pytest.approx(by_hand(rewards).tolist(), abs=1e-4)
