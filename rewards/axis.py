@@ -22,7 +22,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from numbers import Real
@@ -215,18 +215,27 @@ def make_axis(name: str, target: str | None = None, **options: Any) -> RewardAxi
         raise InputError(
             f"reward axis '{name}': unknown option `{unknown[0]}`: the options are {', '.join(known) or 'none'}"
         )
-    try:
-        axis = cls(**options)
-    except InputError:
-        raise
-    except (TypeError, ValueError) as error:  # by which a constructor refuses an option
-        raise InputError(f"reward axis '{name}': {error}") from error
+    axis = construct(cls, name, options)
     applies = axis.applies_to
     if not isinstance(applies, tuple) or not set(applies) <= set(SEGMENT_AXES):
         raise InputError(
             f"reward axis '{name}': `applies_to` must be a tuple of {', '.join(SEGMENT_AXES)}, found {applies!r}"
         )
     return axis
+
+
+def construct(cls: Callable[..., RewardAxis], name: str, options: Mapping[str, Any]) -> RewardAxis:
+    """An axis of a class.
+
+    Raises:
+        InputError: the constructor refuses an option (by a TypeError or ValueError).
+    """
+    try:
+        return cls(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"reward axis '{name}': {error}") from error
 
 
 def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score | None]:

@@ -1,7 +1,7 @@
 """`rlhf-duplex rewards`: which axes there are, and whether one keeps the contract."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from envs.errors import InputError
 from envs.events import complete_events
 from envs.segments import SEGMENT_AXES, read_manifest
 from envs.speech import make_detector
-from rewards.axis import RewardAxis, axes_in_file, find_axis, registered_axes
+from rewards.axis import RewardAxis, axes_in_file, construct, find_axis, registered_axes
 from rewards.contract import ContractReport, check_contract
 
 
@@ -74,11 +74,11 @@ def check_axes(target: str, options: Sequence[str], episodes_folder: Path | None
         episodes = _saved_episodes(episodes_folder) if episodes_folder else _recorded_episodes()
     broken = []
     for name, cls in classes.items():
-        axis = _make(cls, name, keywords)
+        axis = construct(cls, name, keywords)
         if not any(episode.segment.axis in axis.applies_to for episode in episodes):
             raise InputError(f"reward axis '{name}' applies to {axis.applies_to}, of which there is no episode")
         axis.prepare([episode.segment for episode in episodes])
-        report = check_contract(lambda cls=cls, name=name: _make(cls, name, keywords), episodes)  # type: ignore[misc]
+        report = check_contract(lambda cls=cls, name=name: construct(cls, name, keywords), episodes)  # type: ignore[misc]
         _print(name, report, console)
         if report.wrong:
             broken.append(name)
@@ -87,13 +87,6 @@ def check_axes(target: str, options: Sequence[str], episodes_folder: Path | None
     name = next(iter(classes))
     where = f" rewards.{name}.target={target}" if target.endswith(".py") or ":" in target else ""
     console.print(f"{', '.join(classes)}: keeps the contract; use it with `rewards.{name}.weight=1{where}`")
-
-
-def _make(cls: type[RewardAxis], name: str, keywords: Mapping[str, Any]) -> RewardAxis:
-    try:
-        return cls(**keywords)
-    except TypeError as error:
-        raise InputError(f"reward axis '{name}': {error}") from error
 
 
 def _find(target: str) -> dict[str, type[RewardAxis]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from envs.errors import InputError
 from envs.files import write_text
 from rlhf_duplex.config_files import check_resumed, to_yaml
-from rlhf_duplex.policy.bundle import find_bundle, local_info
+from rlhf_duplex.policy.bundle import find_bundle, weights_digest
 
 
 def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
@@ -68,12 +68,15 @@ def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str,
         files: manifests by the key of the configuration that names them.
 
     Raises:
-        InputError: one of them has changed since the run began.
+        InputError: one of them has changed since the run began, or the note is damaged.
     """
     path = run_dir / "provenance.json"
     now = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
     now["checkpoint"] = weights_digest(checkpoint)
-    before = json.loads(path.read_text())["sha256"] if resume and path.is_file() else {}
+    try:
+        before = json.loads(path.read_text())["sha256"] if resume and path.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it to go on with what there is now") from error
     for key, digest in now.items():
         if before.get(key, digest) != digest:
             changed = files.get(key, checkpoint)
@@ -82,22 +85,6 @@ def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str,
                 f"resume=true (remove {path} to go on with what there is now)"
             )
     write_text(path, json.dumps({"sha256": now, "versions": versions()}, indent=1) + "\n")
-
-
-def weights_digest(checkpoint: str) -> str:
-    """SHA-256 of a checkpoint's weights, or of 4 KiB in every 1/256 of a file that is large; empty for a hub id."""
-    folder = find_bundle(checkpoint)
-    if folder is None:
-        return ""
-    digest, path = hashlib.sha256(), local_info(folder).moshi_weights
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 2**26:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        for part in range(256):
-            file.seek(part * size // 256)
-            digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -129,19 +116,26 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
-        except OSError:  # a file system without locks: whoever starts two runs in one folder is not told
-            held = True
-        if not held:  # by another, or removed by one that ended just now
+        if not _locked(file, path):
             raise InputError(f"another run is writing to {run_dir}: wait for it, or choose run_dir=...")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    """Whether the lock is ours: nobody else's, and not removed by a run that ended while we opened it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: whoever starts two runs in one folder is not told
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class StoppedError(Exception):

@@ -257,7 +257,9 @@ class Trainer:
         for name, weight in function.weights.items():
             applies = set(function.axes[name].applies_to)
             if weight and not applies & trained:
-                self.console.print(f"reward axis '{name}' scores {', '.join(applies)}: none of it is trained on")
+                self.console.print(
+                    f"reward axis '{name}' scores {', '.join(sorted(applies))}: none of it is trained on"
+                )
             elif weight and applies & self._played and not np.isfinite(metrics.get(f"reward/{name}", np.nan)):
                 self.console.print(f"reward axis '{name}' gave no score in this update: `rewards check` says more")
         best = self.config.checkpointing.best.removeprefix("-")

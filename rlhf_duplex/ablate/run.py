@@ -279,7 +279,7 @@ def _before(plan: Plan, config: Config) -> Job | Path | None:
 
 def before_key(config: Config) -> str:
     """A name for all that decides the evaluation before training: weights of rewards and the seed do not."""
-    from rlhf_duplex.run_folder import weights_digest
+    from rlhf_duplex.policy.bundle import weights_digest
 
     whole = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     assert isinstance(whole, dict)

@@ -117,15 +117,23 @@ def take_before(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def put_aside(run_dir: Path, name: str) -> None:
-    """Name a result of an earlier end, and its episodes, after the update that it is of: the run goes on."""
+    """Name a result of an earlier end, and its episodes, after the update that it is of: the run goes on.
+
+    Where `evaluate` has measured that update since, its result stands for both.
+    """
     result = run_dir / "evaluation" / f"{name}.json"
     if not result.is_file():
         return
     update = int(read_results(result).get("update", 0))
-    for old in (result, result.with_suffix("")):
-        new = old.with_name(f"step_{update:06d}{old.suffix}")
-        if old.exists() and not new.exists():
-            os.rename(old, new)
+    episodes, new = result.with_suffix(""), result.with_name(f"step_{update:06d}.json")
+    if new.exists():
+        shutil.rmtree(episodes, ignore_errors=True)
+        result.unlink()
+        return
+    if episodes.is_dir():
+        shutil.rmtree(new.with_suffix(""), ignore_errors=True)
+        os.rename(episodes, new.with_suffix(""))
+    os.rename(result, new)  # last: until then it is done again
 
 
 def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Scores], per_axis: int) -> None:

@@ -4,6 +4,7 @@ A bundle holds `config.json`, the language model and Mimi as safetensors, and th
 `moshi.models.loaders.CheckpointInfo` reads. Everything is checked against the files' headers before a weight is read.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -222,6 +223,29 @@ def local_info(folder: Path) -> CheckpointInfo:
         mimi_config_path=paths["mimi_config_name"],
     )
     return _completed(info, folder.name)
+
+
+def weights_digest(checkpoint: str) -> str:
+    """SHA-256 of a checkpoint's weights; empty for a hub id.
+
+    Of a file of 64 MiB or more, 4 KiB at the beginning of each 1/256 stand for all: training, adapters
+    that are merged too, changes most of it.
+
+    Raises:
+        InputError: as `find_bundle` and `local_info`.
+    """
+    folder = find_bundle(checkpoint)
+    if folder is None:
+        return ""
+    digest, path = hashlib.sha256(), local_info(folder).moshi_weights
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 2**26:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in range(256):
+            file.seek(part * size // 256)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def _completed(info: CheckpointInfo, name: str) -> CheckpointInfo:

@@ -51,7 +51,7 @@ def saved_episodes(folder: Path) -> dict[str, SavedEpisode]:
 
 
 def reward_options_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By axis, the options of its reward that differ from the defaults, as a result of an evaluation records them."""
+    """By axis, the options that the configuration gave its reward, as a result of an evaluation records them."""
     found = result.get("rewards")
     if not isinstance(found, Mapping):
         return {}

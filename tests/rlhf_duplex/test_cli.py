@@ -257,6 +257,8 @@ def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
         capsys, f"run_dir={run}", f"segments={path}", "resume=true"
     )
     check_data(run, False, "nano", {"segments": path})  # a run that begins anew takes what there is
+    (run / "provenance.json").write_text("{")
+    assert "provenance.json is damaged" in failing(capsys, f"run_dir={run}", f"segments={path}", "resume=true")
     base, other = tmp_path / "base", tmp_path / "other"
     other.mkdir()
     shutil.copytree(NANO_FOLDER, base)

@@ -4,6 +4,7 @@ import json
 import signal
 
 from rlhf_duplex.cli import main
+from rlhf_duplex.evaluation.suite import put_aside
 from rlhf_duplex.run_folder import StoppedError
 
 SMALL = [
@@ -48,6 +49,10 @@ def test_what_was_measured_at_an_earlier_end_is_not_taken_for_the_new_one(tmp_pa
     assert not (folder / "after").exists()
     assert (folder / "step_000001.json").read_bytes() == first
     assert list((folder / "step_000001").iterdir())
+    (folder / "after.json").write_bytes(first)  # where that update was measured by `evaluate`, too
+    put_aside(tmp_path / "run", "after")
+    assert not (folder / "after.json").exists()
+    assert (folder / "step_000001.json").read_bytes() == first
 
 
 def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):
