@@ -38,14 +38,25 @@ def preset_conditions(preset: Any, base: Config) -> Rows:
         raise InputError(f"preset {name}: {str(error).partition('() ')[2] or error}") from error
 
 
-def leave_one_axis_out(base: Config) -> Rows:
+def leave_one_axis_out(base: Config, groups: str = "given") -> Rows:
     """The ablations of arXiv 2606.11167 (its table for Moshi, Fisher): one thing missing at a time.
 
-    Without an axis, neither its segments nor its reward are trained on, and its groups go to the others:
-    `trainer.groups` stays (the paper gives one number of groups for all, 32). The axis is measured all the same.
+    Without an axis, neither its segments nor its reward are trained on. The axis is measured all the same.
     Without the judge, judged axes have weight 0. Without the schedule, context has its full length from the first
     update on; without context there is none.
+
+    Args:
+        base: the configuration that is varied.
+        groups: what becomes of the groups of the axis that is left out. `given`: they go to the others, and
+            `trainer.groups` stays (the paper gives one number of groups for all, 32). `dropped`: nobody has them, and
+            the minibatch is less by the same share, so that the others have the groups and the optimiser steps that
+            they have in the full mix (for a base that names its `train_axes`).
+
+    Raises:
+        InputError: another word, or groups or a minibatch that cannot be divided so.
     """
+    if groups not in ("given", "dropped"):
+        raise InputError(f"preset leave_one_axis_out: groups must be given or dropped, found {groups!r}")
     rows, skipped = [Condition("full", {})], []
     trained = trained_axes(base)
     for axis in SEGMENT_AXES:
@@ -57,7 +68,8 @@ def leave_one_axis_out(base: Config) -> Rows:
             skipped.append(Skipped(name, f"the base trains on nothing but {axis}"))
         else:
             weight = {f"rewards.{axis}.weight": 0.0} if axis in base.rewards else {}
-            rows.append(Condition(name, {"train_axes": others, **weight}))
+            fewer = _without_groups(base, len(others)) if groups == "dropped" else {}
+            rows.append(Condition(name, {"train_axes": others, **weight, **fewer}))
     judged = [axis for axis in judged_axes(base) if base.rewards[axis].get("weight", 1.0)]
     if judged:
         rows.append(Condition("without judge", {f"rewards.{axis}.weight": 0.0 for axis in judged}))
@@ -73,6 +85,18 @@ def leave_one_axis_out(base: Config) -> Rows:
         rows.append(Condition("without schedule", {"context.schedule": "constant"}))
     rows.append(Condition("without context", {"context.probability": 0.0}))
     return rows, skipped
+
+
+def _without_groups(base: Config, kept: int) -> dict[str, int]:
+    """Groups and minibatch of an update in which so many of the `train_axes` are kept."""
+    whole, trainer = len(base.train_axes), base.trainer
+    parts = {"trainer.groups": trainer.groups * kept, "trainer.minibatch": trainer.minibatch * kept}
+    if not whole or any(part % whole for part in parts.values()):
+        raise InputError(
+            f"preset leave_one_axis_out: groups: dropped needs train_axes of whose number trainer.groups and "
+            f"trainer.minibatch are multiples, found {whole} axes, {trainer.groups} and {trainer.minibatch}"
+        )
+    return {key: part // whole for key, part in parts.items()}
 
 
 def trained_axes(base: Config) -> list[str]:

@@ -60,7 +60,8 @@ def test_keys_are_the_ablations_or_the_configurations(tmp_path):
 
 
 def test_leave_one_out_leaves_out_what_the_base_does_not_have():
-    rows, skipped = preset_conditions("leave_one_axis_out", load_config(ROOT / "configs" / "quickstart.yaml"))
+    quickstart = load_config(ROOT / "configs" / "quickstart.yaml")
+    rows, skipped = preset_conditions("leave_one_axis_out", quickstart)
     assert [row.name for row in rows] == [
         "full",
         "without pause",
@@ -68,14 +69,28 @@ def test_leave_one_out_leaves_out_what_the_base_does_not_have():
         "without backchannel",
         "without interruption",
     ]
-    base = load_config(ROOT / "configs" / "quickstart.yaml").train_axes
     assert rows[1].overrides == {
-        "train_axes": [axis for axis in base if axis != "pause_handling"],
+        "train_axes": [axis for axis in quickstart.train_axes if axis != "pause_handling"],
         "rewards.pause_handling.weight": 0.0,
     }
     assert [row.name for row in skipped] == ["without judge", "without schedule", "without context"]
     assert "no judged axis" in skipped[0].why
     assert "context.probability" in skipped[1].why
+
+
+def test_the_groups_of_an_axis_that_is_left_out_can_be_dropped():
+    base = load_config(ROOT / "configs" / "quickstart.yaml")
+    dropped = {"name": "leave_one_axis_out", "groups": "dropped"}
+    rows, _ = preset_conditions(dropped, base)
+    assert rows[0].overrides == {}
+    assert rows[2].name == "without turn"
+    assert rows[2].overrides["trainer.groups"] == 5  # of 8, three of which were turns
+    assert rows[2].overrides["trainer.minibatch"] == 15  # of 24: as many optimiser steps
+    base.trainer.minibatch = 20
+    with pytest.raises(InputError, match="multiples, found 8 axes, 8 and 20"):
+        preset_conditions(dropped, base)
+    with pytest.raises(InputError, match="given or dropped, found 'kept'"):
+        preset_conditions(dropped | {"groups": "kept"}, base)
 
 
 def test_leave_one_out_with_a_judge_and_context(tmp_path, nano_segments):
