@@ -7,7 +7,9 @@ folder has to be on a file system that all nodes share, and the package installe
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ import numpy as np
 
 from envs.files import write_text
 from rlhf_duplex.ablate.search import SearchConfig, point_name, round_off
-from rlhf_duplex.ablate.trial import Job, Record, is_finished, read_record, run_job, write_record
+from rlhf_duplex.ablate.trial import Job, Record, Stopped, is_finished, may_start, read_record, run_job, write_record
 from rlhf_duplex.evaluation.metrics import read_results
 from rlhf_duplex.tracking import read_metrics
+
+STOP_FILE = ".stopping"  # in the ablation's folder, which trials on other machines see, too
 
 
 @dataclass
@@ -66,13 +70,16 @@ def run_jobs(
         jobs: of all trials.
         updates: of a trial, for ASHA.
         workers, config, asha: see the configurations.
-        stopping: whether to stop all; asked at every step of Tune's loop.
-        ended: called with the name and the record of each trial that has ended.
+        stopping: whether to stop all; asked at every step of Tune's loop. Trials end the update that is under way.
+        ended: called with the name and the record of each trial that has ended; `open` for one that was stopped.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
     by_name = {job.name: job for job in jobs}
+    root = jobs[0].root
+    stop_file = root / STOP_FILE
+    begun: dict[str, float] = {}  # less the seconds of earlier attempts
     scheduler = None
     if asha.metric:
         scheduler = ASHAScheduler(
@@ -98,21 +105,27 @@ def run_jobs(
                     tune.report({"updates": line["update"], asha.metric: line[asha.metric]})
             reported = len(lines)
 
-        run_job(job, lambda: False, watch)
+        with suppress(Stopped):
+            run_job(job, stop_file.exists, watch)
+
+    def trial_started(values: Mapping[str, Any]) -> None:
+        begun[values["trial"]] = time.monotonic() - read_record(root, values["trial"]).seconds
 
     def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
         job = by_name[values["trial"]]
         record = read_record(job.root, job.name)
-        behind = record.status == "open" and not is_finished(job) and not stopping()
-        if asha.metric and behind and not lost:  # one that was lost with its machine stays open
+        # A first attempt may have failed; one that was lost with its machine stays open.
+        behind = record.status in ("open", "failed") and may_start(record, job.retries) and not is_finished(job)
+        if asha.metric and behind and not lost and not stop_file.exists():
             done = len(read_metrics(job.folder / "metrics.jsonl"))
-            record = replace(record, status="stopped early", kind="ASHA", why=f"behind after {done} updates")
+            record = replace(record, status="stopped early", kind="ASHA", why=f"behind after {done} updates",
+                             seconds=time.monotonic() - begun[job.name])  # fmt: skip
             write_record(job.root, job.name, record)
         ended(job.name, record)
 
     space = {"trial": tune.grid_search([job.name for job in jobs])}
-    _tune(trainable, space, tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=workers), config, workers,
-          stopping, trial_ended)  # fmt: skip
+    settings = tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=workers)
+    _tune(trainable, space, settings, config, workers, stop_file, stopping, trial_started, trial_ended)
 
 
 def run_search(
@@ -123,14 +136,14 @@ def run_search(
     workers: int,
     config: RayConfig,
     stopping: Callable[[], bool],
-    ended: Callable[[str, Record], None],
+    ended: Callable[[str], None],
 ) -> None:
     """Run points that Optuna proposes, each with all its seeds one after another.
 
     Args:
         search: the space, how many points in all, what to improve.
         root: the ablation's folder; points are kept in it before they are run.
-        known: points of earlier calls with what they gave, None for those that are not finished (they go on first).
+        known: points of earlier calls with what they gave, None for those that failed.
         make_jobs: the trials of a point.
         workers, config, stopping, ended: as in `run_jobs`; `ended` gets a point's name.
     """
@@ -142,12 +155,10 @@ def run_search(
     for key, domain in search.space.items():
         (kind, values), *_ = domain.items()
         space[key] = tune.choice(values) if kind == "choice" else kinds[kind](*values)
-    unfinished = [dict(point) for point, value in known if value is None]
     searcher = OptunaSearch(
         space=OptunaSearch.convert_search_space(space),
         metric="objective",
         mode=search.mode,
-        points_to_evaluate=unfinished or None,
         # Another in each call: with the same, Optuna would begin by proposing the point that it proposed first.
         seed=int(np.random.SeedSequence((search.seed, len(known))).generate_state(1)[0]),
     )
@@ -155,7 +166,7 @@ def run_search(
         if value is not None:
             searcher.add_evaluated_point(dict(point), value)
     axis, _, metric = search.metric.partition(".")
-    begun = len(known)
+    begun, stop_file = len(known), root / STOP_FILE
 
     def trainable(values: Mapping[str, Any]) -> None:
         overrides = {key: round_off(value) for key, value in values.items()}
@@ -165,23 +176,24 @@ def run_search(
             write_text(path, json.dumps({"number": number, "overrides": overrides}) + "\n")
         means = []
         for job in make_jobs(overrides):
-            run_job(job, lambda: False)
+            try:
+                run_job(job, stop_file.exists)
+            except Stopped:
+                return  # the point is kept, and its trials go on another time
             if is_finished(job):
                 found = read_results(job.result)["axes"].get(axis, {}).get(metric)
                 means += [] if found is None else [found["mean"]]
-        if not means:
-            raise RuntimeError(f"no trial of this point is finished with {search.metric}")
-        tune.report({"objective": sum(means) / len(means)})
+        if means:  # else its trials have failed, and their records say why
+            tune.report({"objective": sum(means) / len(means)})
 
     def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
-        ended(
-            point_name({key: round_off(value) for key, value in values.items()}), Record("failed" if lost else "done")
-        )
+        if not stop_file.exists():
+            ended(point_name({key: round_off(value) for key, value in values.items()}))
 
-    left = search.points - len(known) + len(unfinished)
+    left = search.points - len(known)
     if left > 0:
         settings = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=workers)
-        _tune(trainable, None, settings, config, workers, stopping, trial_ended)
+        _tune(trainable, None, settings, config, workers, stop_file, stopping, lambda _: None, trial_ended)
 
 
 def _tune(
@@ -190,9 +202,12 @@ def _tune(
     settings: Any,
     config: RayConfig,
     workers: int,
+    stop_file: Path,
     stopping: Callable[[], bool],
+    started: Callable[[Mapping[str, Any]], None],
     ended: Callable[[Mapping[str, Any], bool], None],
 ) -> None:
+    """Tune's loop. To stop, `stop_file` asks the trials that run, wherever they do, and the loop waits for them."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals come in through `stopping`
@@ -204,28 +219,43 @@ def _tune(
     class Local:
         """Tune saves its callbacks; ours live in this process alone, and nothing is restored from what it saves."""
 
-        def __init__(self, function: Callable) -> None:
-            self.function = function
+        def __init__(self, *functions: Callable) -> None:
+            self.functions = functions
 
         def __getstate__(self) -> dict:
             return {}
 
-    class Ended(Local, tune.Callback):
+    running: set[str] = set()
+    asked: set[str] = set()
+
+    class Watching(Local, tune.Callback):
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            running.add(trial.trial_id)
+            self.functions[0](trial.config)
+
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            self.function(trial.config, False)
+            running.discard(trial.trial_id)
+            self.functions[1](trial.config, False)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            self.function(trial.config, True)
+            running.discard(trial.trial_id)
+            self.functions[1](trial.config, True)
 
     class Stopping(Local, tune.Stopper):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            return self.function()
+            if not self.functions[0]():
+                return False
+            if not stop_file.exists():
+                stop_file.touch()
+                asked.update(running)
+            return not asked & running  # one that begins now sees the file and ends at once
 
-    started = not ray.is_initialized()
-    if started:
+    stop_file.unlink(missing_ok=True)
+    ours = not ray.is_initialized()
+    if ours:
         cpus = max(1, round(workers * config.cpus))
         local = {"address": "local", "num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         options = {"address": config.address} if config.address else local
@@ -244,11 +274,12 @@ def _tune(
                     storage_path=folder,
                     name="ablation",
                     verbose=0,
-                    callbacks=[Ended(ended)],
+                    callbacks=[Watching(started, ended)],
                     stop=Stopping(stopping),
                     failure_config=tune.FailureConfig(max_failures=2),  # of a node; a trial's own are its record
                 ),
             ).fit()
     finally:
-        if started:
+        stop_file.unlink(missing_ok=True)
+        if ours:
             ray.shutdown()

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlhf_duplex.ablate.trial import (
     check_same,
     is_finished,
     job_of,
+    may_start,
     read_record,
     run_job,
     write_record,
@@ -132,9 +133,12 @@ class _Log:
         self.trials = {trial.name: trial for trial in plan.trials}
 
     def add(self, name: str, record: Record) -> None:
-        """A trial has ended: say so, and write the tables anew."""
-        self.ended += 1
+        """A trial has ended, or was interrupted: say so, and write the tables anew."""
         trial = self.trials[name]
+        if record.status == "open":
+            self.console.print(f"{trial.condition.name}, seed {trial.seed}: interrupted", soft_wrap=True)
+            return
+        self.ended += 1
         what = f"{trial.condition.name}, seed {trial.seed}: {record.status}"
         if record.status == "failed":
             times = f"{record.attempts} attempt{'s' * (record.attempts != 1)}"
@@ -148,7 +152,8 @@ class _Log:
         budget = self.plan.config.budget
         if budget.trials and self.ended >= budget.trials:
             return f"the budget of {budget.trials} trials is spent"
-        seconds = sum(read_record(self.plan.run_dir, name).seconds for name in self.trials)
+        names = [path.stem for path in (self.plan.run_dir / "records").glob("*.json")]
+        seconds = sum(read_record(self.plan.run_dir, name).seconds for name in names) if budget.hours else 0.0
         return f"the budget of {budget.hours:g} hours is spent" if 0 < 3600 * budget.hours <= seconds else ""
 
 
@@ -175,7 +180,7 @@ def _one_by_one(
 def _with_ray(
     plan: Plan, waiting: list[Trial], log: _Log, advance: Callable[[int], None], stopping: Callable[[], bool]
 ) -> str:
-    """Several at once; where the budget of hours is spent, those that run are stopped, too, to go on another time."""
+    """Several at once; where the budget of hours is spent, those that run end their update, to go on another time."""
     from rlhf_duplex.ablate.ray_tune import run_jobs
 
     config = plan.config
@@ -187,7 +192,8 @@ def _with_ray(
         return stopping() or bool(config.budget.hours and log.spent())
 
     def ended(name: str, record: Record) -> None:
-        advance(log.trials[name].config.trainer.updates)
+        if record.status != "open":
+            advance(log.trials[name].config.trainer.updates)
         log.add(name, record)
 
     befores = {job.name: job for trial in waiting if isinstance(job := _before(plan, trial.config), Job)}
@@ -221,11 +227,15 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
         condition = Condition(describe(overrides), dict(overrides))
         return [_job(plan, make_trial(plan.config, plan.shared, condition, seed)) for seed in plan.seeds]
 
-    def ended(name: str, record: Record) -> None:
+    def ended(name: str) -> None:
+        log.ended += len(plan.seeds)
         log.console.print(f"point {name} has ended")
 
-    workers = plan.config.workers
-    run_search(search, plan.run_dir.resolve(), known, jobs, workers, plan.config.ray, stop, ended)
+    config = plan.config
+    if config.budget.trials:
+        room = len(known) + (config.budget.trials - log.ended) // len(plan.seeds)
+        search = replace(search, points=min(search.points, room))
+    run_search(search, plan.run_dir.resolve(), known, jobs, config.workers, config.ray, stop, ended)
 
 
 class _Steps:
@@ -242,9 +252,7 @@ class _Steps:
 
 
 def _is_open(plan: Plan, trial: Trial) -> bool:
-    record = read_record(plan.run_dir, trial.name)
-    spent = record.status == "failed" and (record.attempts > plan.config.retries or record.kind == "InputError")
-    return not (_finished(trial) or spent or record.status == "stopped early")
+    return not _finished(trial) and may_start(read_record(plan.run_dir, trial.name), plan.config.retries)
 
 
 def _finished(trial: Trial) -> bool:

@@ -67,7 +67,7 @@ class Record:
     Attributes:
         status: `done`, `failed`, `stopped early` (by a scheduler) or `open`.
         attempts: that have ended by themselves.
-        seconds: of all attempts.
+        seconds: of all attempts, those that were stopped too.
         kind, why: the exception's name and its message, of the last failure.
         traceback: its last lines.
     """
@@ -122,13 +122,19 @@ def check_same(name: str, config: Any) -> None:
         ) from error
 
 
+def may_start(record: Record, retries: int) -> bool:
+    """Whether a trial without a result may be started, for the first time or again."""
+    spent = record.status == "failed" and (record.attempts > retries or record.kind == "InputError")
+    return not spent and record.status != "stopped early"
+
+
 def is_finished(job: Job) -> bool:
     """Whether its result is there."""
     return job.result.is_file()
 
 
 def run_job(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None] | None = None) -> Record:
-    """Run a trial to its end, from its last checkpoint where there is one; started again where it fails.
+    """Run a trial to its end, from its last checkpoint where there is one; started again while it fails and may.
 
     Args:
         job: which.
@@ -142,18 +148,22 @@ def run_job(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None]
         Stopped: `stopping` said so; the trial has a checkpoint where it had the time.
     """
     record = read_record(job.root, job.name)
-    while True:
+    while may_start(record, job.retries):
         started = time.monotonic()
-        failure = _attempt(job, stopping, watch)
+        try:
+            failure = _attempt(job, stopping, watch)
+        except Stopped:
+            write_record(job.root, job.name, replace(record, seconds=record.seconds + time.monotonic() - started))
+            raise
         seconds = record.seconds + time.monotonic() - started
         if failure is None:
             record = replace(Record("done", record.attempts + 1), seconds=seconds)
         else:
             record = Record("failed", record.attempts + 1, seconds, **failure)
         write_record(job.root, job.name, record)
-        hopeless = record.kind == "InputError"  # the same again: its owner has to mend it
-        if failure is None or hopeless or record.attempts > job.retries:
-            return record
+        if failure is None:
+            break
+    return record
 
 
 def _attempt(job: Job, stopping: Callable[[], bool], watch: Callable[[int], None] | None) -> dict[str, str] | None:

@@ -239,6 +239,41 @@ def test_killed_and_started_again_it_is_the_same(tmp_path, one_of_each, ended):
     pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
+def test_asked_to_stop_trials_on_ray_keep_every_update(tmp_path, one_of_each, begin):
+    base = write_base(tmp_path, one_of_each)
+    path = tmp_path / "ablation.yaml"
+    path.write_text(
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3, 4]\nworkers: 1\ngrid: {{trainer.kl_beta: [0.01]}}\n"
+        f"overrides: {{evaluation.before: {begin}, trainer.updates: 500, checkpointing.every: 500}}\n"
+    )
+    first, second = (tmp_path / "run" / "trials" / f"kl_beta_0.01_seed{seed}" for seed in (3, 4))
+    deadline = time.monotonic() + 600
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-m", "rlhf_duplex.cli", "ablate", str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while not (first / "metrics.jsonl").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(600) == 0
+        finally:
+            process.kill()
+    updates = len((first / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= updates < 500
+    assert [p.name for p in (first / "checkpoints").glob("step_*")] == [f"step_{updates:06d}"]
+    assert not second.exists()
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    record = read_record(tmp_path / "run", first.name)
+    assert (record.status, record.attempts) == ("open", 0)
+    assert record.seconds > 0
+    # What has been spent so counts: nothing further begins.
+    ablate(load_plan(path, ["budget.hours=0.0001"]))
+    assert len((first / "metrics.jsonl").read_text().splitlines()) == updates
+    assert not list((tmp_path / "run").glob(".stopping"))
+
+
 def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, begin, monkeypatch):
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # the machine is short of memory throughout
     base = write_base(tmp_path, one_of_each)
