@@ -221,9 +221,9 @@ def _run(options: argparse.Namespace) -> int:
 
         dry_run_training(config)
         return 0
-    from rlhf_duplex import trainer
+    from rlhf_duplex.run import train
 
-    trainer.train(config)
+    train(config)
     return 0
 
 

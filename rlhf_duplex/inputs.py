@@ -58,7 +58,7 @@ def load_inputs(config: Config) -> Inputs:
     if config.env == "live" and config.live.user != "scripted":
         find_bundle(config.live.user)
     if config.evaluation.before is not None:
-        _check_before(Path(config.evaluation.before), config, held_out)
+        check_before("evaluation.before", Path(config.evaluation.before), config, held_out)
     missing = sorted(set(config.train_axes) - {segment.axis for segment in segments})
     if missing:
         raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
@@ -67,25 +67,30 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
 
 
-def _check_before(path: Path, config: Config, held_out: list[Segment]) -> None:
-    """Hold a result that is to stand for the evaluation before training against what would have been measured."""
-    record = read_results(path)
+def check_before(key: str, path: Path, config: Config, held_out: list[Segment]) -> None:
+    """Hold a result that is to stand for the evaluation before training against what would have been measured.
+
+    Raises:
+        InputError: it is of something else; `key` says what brought it in.
+    """
+    record = {"seed": config.evaluation.seed, **read_results(path)}  # those of earlier versions do not name it
     mine = {
         "checkpoint": config.checkpoint,
         "lead_in_seconds": config.context.lead_in,
         "samples": config.evaluation.samples,
+        "seed": config.evaluation.seed,
         "update": 0,
     }
-    for key, value in mine.items():
-        if record.get(key) != value:
-            raise InputError(f"evaluation.before: {path} was measured with {key} {record.get(key)}, not {value}")
+    for name, value in mine.items():
+        if record.get(name) != value:
+            raise InputError(f"{key}: {path} was measured with {name} {record.get(name)}, not {value}")
     measured = {
         name for metrics in record.get("segments", {}).values() for values in metrics.values() for name in values
     }
     missing = [segment.id for segment in held_out if segment.id not in measured]
     if missing:
         raise InputError(
-            f"evaluation.before: {path} has nothing of {len(missing)} of {len(held_out)} held-out segments, such as "
+            f"{key}: {path} has nothing of {len(missing)} of {len(held_out)} held-out segments, such as "
             f"'{missing[0]}': it was measured on others"
         )
 

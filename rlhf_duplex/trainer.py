@@ -1,11 +1,11 @@
 """The loop: roll out, score, compare within the group, update; before and after it, the held-out suite.
 
-Everything is checked before the model is loaded, and everything a run leaves is in its run folder.
+Everything a run leaves is in its run folder. The commands are in `rlhf_duplex.run`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,13 @@ from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
 from rlhf_duplex.cluster.roles import Rollouts, in_order, make_units
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.during import record_during
-from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options, segment_values
-from rlhf_duplex.evaluation.suite import put_aside, record_suite, suite_episodes, take_before
-from rlhf_duplex.inputs import Inputs, first_of_each, load_inputs, manifest_path
+from rlhf_duplex.evaluation.metrics import reward_options, segment_values
+from rlhf_duplex.evaluation.suite import record_suite, suite_episodes
+from rlhf_duplex.inputs import Inputs, first_of_each
 from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
-from rlhf_duplex.report.build import build_report
 from rlhf_duplex.rollout import episode_seed
-from rlhf_duplex.run_folder import (
-    StoppedError,
-    check_data,
-    claimed,
-    make_console,
-    prepare_run_dir,
-    progress,
-    stop_requests,
-)
+from rlhf_duplex.run_folder import StoppedError, progress
 from rlhf_duplex.sampler import segments_of_update
 from rlhf_duplex.tracking import MetricsLog, flat, read_metrics
 
@@ -72,7 +63,11 @@ class Trainer:
         self._played: set[str] = set()  # axes of the segments of the last update
         self._begun: int | None = None  # the update whose episodes are being rolled out
         if folder is not None:
-            self.update = self.cluster.restore(folder)
+            try:
+                self._restore()
+            except BaseException:
+                self.cluster.close()
+                raise
             console.print(f"going on from {folder}, after {self.update} updates")
 
     def evaluate(self, name: str) -> dict[str, Any]:
@@ -86,6 +81,7 @@ class Trainer:
             "checkpoint": config.checkpoint,
             "update": self.update,
             "lead_in_seconds": config.context.lead_in,
+            "seed": config.evaluation.seed,
             "on_training_segments": inputs.held_out_is_training,
             "rewards": reward_options(config.rewards),
         }
@@ -136,6 +132,23 @@ class Trainer:
         values = segment_values(found.episodes, found.scores, [*inputs.segments, *inputs.held_out])
         figures = record_during(self.run_dir, self.update, values, self.config.context.lead_in)
         return figures | {"time/evaluation": time.perf_counter() - started}
+
+    def _restore(self) -> None:
+        """Back to the last checkpoint."""
+        try:
+            folder = last_checkpoint(self.run_dir)
+            assert folder is not None
+            self.update = self.cluster.restore(folder)
+        except LearnersLostError as error:
+            self._recover(error)
+
+    def begin(self) -> None:
+        """A checkpoint before the first update, where there is none: from here on a run that is stopped can go on."""
+        while last_checkpoint(self.run_dir) is None:
+            try:
+                self.save()
+            except LearnersLostError as error:
+                self._recover(error)
 
     def begin_rollouts(self, update: int) -> None:
         """Have the episodes of an update rolled out with the weights of now."""
@@ -225,31 +238,47 @@ class Trainer:
 
     def run(self) -> bool:
         """All updates that are left; True where a signal ended it early."""
-        config = self.config
+        config, updates = self.config, self.config.trainer.updates
         log = MetricsLog(self.run_dir, config.trackers, flat(config), self.update if config.resume else 0)
-        first = self.update + 1
+        first, shown, interrupted = self.update + 1, self.update, self.update > 0
         try:
-            with progress(self.console, "training", config.trainer.updates - self.update) as advance:
-                while self.update < config.trainer.updates and not self.stopped:
+            with progress(self.console, "training", updates - self.update) as advance:
+                while (interrupted or self.update < updates) and not self.stopped:
                     try:
+                        if interrupted:
+                            self._make_up(log)
+                            interrupted = False
+                            continue
                         metrics = self.step()
                         with suppress(StoppedError):  # without its figures; the update is logged and saved below
                             metrics |= self.evaluate_during()
                         log.write(self.update, metrics)
-                        advance(1)
-                        self.console.print(_line(self.update, config.trainer.updates, metrics), soft_wrap=True)
+                        self.console.print(_line(self.update, updates, metrics), soft_wrap=True)
                         if self.update == first:
                             self._warn(metrics)
                         if self._due(self.update) or self.stopped:
                             self.save()
                     except LearnersLostError as error:
-                        before = self.update
                         self._recover(error)
                         log.cut(self.update)
-                        advance(self.update - before)
+                    advance(self.update - shown)
+                    shown = self.update
             return bool(self.stopped)
         finally:
             log.close()
+
+    def _make_up(self, log: MetricsLog) -> None:
+        """What came after the last checkpoint without an interruption: an evaluation, and whether it is the best."""
+        lines = read_metrics(log.path)
+        measured = self.run_dir / "evaluation" / f"update_{self.update:06d}.json"
+        if lines and not measured.exists():
+            with suppress(StoppedError):
+                if figures := self.evaluate_during():
+                    log.cut(self.update - 1)
+                    log.write(self.update, {k: v for k, v in lines[-1].items() if k != "update"} | figures)
+        folder = last_checkpoint(self.run_dir)
+        if folder is not None:
+            self._mark_best(folder)
 
     def _warn(self, metrics: dict[str, float]) -> None:
         """Of what an update alone can show: an axis without any score, a best checkpoint by what is no metric."""
@@ -273,31 +302,32 @@ class Trainer:
             self.cluster.lost(error)
             try:
                 self.cluster.recover()
+                self._begun = None
                 folder = last_checkpoint(self.run_dir)
-                # None where nothing is trained (`evaluate`): new learners have the checkpoint that it began from.
-                self.update, self._begun = 0 if folder is None else self.cluster.restore(folder), None
+                # None before the first is saved, and where nothing is trained (`evaluate`): learners as they began.
+                self.update = 0 if folder is None else self.cluster.restore(folder)
                 return
             except LearnersLostError as again:
                 error = again
 
     def save(self) -> Path:
         """A checkpoint of now; the oldest ones go, and the best is marked."""
-        checkpointing = self.config.checkpointing
-        before = last_checkpoint(self.run_dir)
         folder = self.cluster.save(self.run_dir, self.update)
-        if checkpointing.best and self.update:
-            first = 0 if before is None else int(before.name.rpartition("_")[2])
-            self._mark_best(folder, first)
-        prune(self.run_dir, checkpointing.keep)
+        self._mark_best(folder)
+        prune(self.run_dir, self.config.checkpointing.keep)
         return folder
 
-    def _mark_best(self, folder: Path, first: int) -> None:
-        name = self.config.checkpointing.best
-        sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
-        lines = [line for line in read_metrics(self.run_dir / "metrics.jsonl") if first < line["update"] <= self.update]
+    def _mark_best(self, folder: Path) -> None:
+        """Only those that a run without interruptions has are compared, each by the updates since the one before."""
+        best, every = self.config.checkpointing.best, self.config.checkpointing.every
+        if not best or not self.update or not self._due(self.update):
+            return
+        sign, name = (-1.0, best[1:]) if best.startswith("-") else (1.0, best)
+        updates = range((self.update - 1) // every * every + 1, self.update + 1)
+        lines = [line for line in read_metrics(self.run_dir / "metrics.jsonl") if line["update"] in updates]
         values = [line[name] for line in lines if name in line]
         if values:
-            mark_best(self.run_dir, folder, self.config.checkpointing.best, sign * float(np.mean(values)))
+            mark_best(self.run_dir, folder, best, sign * float(np.mean(values)))
 
 
 def _by_axis(result: AdvantageResult) -> dict[str, float]:
@@ -319,99 +349,3 @@ def _line(update: int, updates: int, metrics: dict[str, float]) -> str:
         f"update {update}/{updates}  {axes}  KL {metrics['kl']:.4f}  "
         f"{metrics['audio_seconds_per_second']:.0f} audio-s/s  {stages} s{busy}"
     )
-
-
-@contextmanager
-def running(config: Config, inputs: Inputs, run_dir: Path, console: Console) -> Iterator[Trainer]:
-    """A trainer that hears Ctrl-C and SIGTERM while this lasts, and whose processes end with it."""
-    trainer = Trainer(config, inputs, run_dir, console)
-    try:
-        with stop_requests() as trainer.stopped:
-            yield trainer
-    finally:
-        trainer.cluster.close()
-
-
-def train(config: Config, console: Console | None = None) -> Path:
-    """A whole run: checks, evaluation before, updates, evaluation after, report. Gives the run folder.
-
-    Raises:
-        InputError: what the user can fix, before the model is loaded wherever that can be known.
-        NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
-        ClusterError: too many processes died or hung.
-    """
-    console = console or make_console()
-    with console.status("checking recordings and configuration"):
-        inputs = load_inputs(config)
-    with claimed(config.run_dir):
-        return _train(config, inputs, console)
-
-
-def _train(config: Config, inputs: Inputs, console: Console) -> Path:
-    run_dir = prepare_run_dir(config)
-    check_data(run_dir, config.resume, config.checkpoint, {"segments": manifest_path(config.segments, "train")})
-    with running(config, inputs, run_dir, console) as trainer:
-        try:
-            before, after = _evaluated(trainer)
-        except StoppedError:
-            console.print(f"stopped after update {trainer.update} of {run_dir}: go on with resume=true")
-            return run_dir
-    report = build_report(run_dir)
-    if after is None:
-        console.print(
-            f"stopped after update {trainer.update}: checkpoint in {run_dir / 'checkpoints'}, report in {report}; "
-            "go on with resume=true"
-        )
-        return run_dir
-    console.print(format_table(before, after))
-    if inputs.held_out_is_training:
-        console.print("measured on the training segments: give evaluation.segments for held-out ones")
-    console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}", soft_wrap=True)
-    return run_dir
-
-
-def _evaluated(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The run between its two evaluations, and what they gave; None after a signal during the updates."""
-    run_dir = trainer.run_dir
-    path = run_dir / "evaluation" / "before.json"
-    if trainer.config.resume and path.is_file():
-        before = read_results(path)
-    elif trainer.update == 0:
-        if last_checkpoint(run_dir) is None:
-            trainer.save()  # whatever stops the run from here on, it can go on
-        known = trainer.config.evaluation.before is not None
-        before = take_before(trainer.config, run_dir) if known else trainer.evaluate("before")
-    else:
-        raise InputError(f"{path} is missing and update {trainer.update} is past it: start without resume=true")
-    if trainer.update < trainer.config.trainer.updates:
-        put_aside(run_dir, "after")
-    return before, None if trainer.run() else trainer.evaluate("after")
-
-
-def evaluate(config: Config, console: Console | None = None) -> Path:
-    """The held-out suite with a checkpoint as it is; writes `evaluation/before.json` in the run folder.
-
-    With `resume` it is the run folder's last checkpoint, and the file is named after its update.
-
-    Raises:
-        InputError: as in `train`.
-    """
-    console = console or make_console()
-    with console.status("checking recordings and configuration"):
-        inputs = load_inputs(config)
-    with claimed(config.run_dir):
-        return _evaluate(config, inputs, console)
-
-
-def _evaluate(config: Config, inputs: Inputs, console: Console) -> Path:
-    run_dir = prepare_run_dir(config)
-    with running(config, inputs, run_dir, console) as trainer:
-        name = f"step_{trainer.update:06d}" if config.resume else "before"
-        try:
-            results = trainer.evaluate(name)
-        except StoppedError:
-            raise KeyboardInterrupt from None
-    console.print(format_table(results, None))
-    path = run_dir / "evaluation" / f"{name}.json"
-    console.print(f"wrote {path}", soft_wrap=True)
-    return path

@@ -37,7 +37,7 @@ def run(arm: str, seed: int, out: Path, judge: str, overrides: Sequence[str]) ->
     """Train one arm with one seed, from where it stands; gives the results before and after."""
     from rlhf_duplex.checkpoint import last_checkpoint
     from rlhf_duplex.config import load_config
-    from rlhf_duplex.trainer import train
+    from rlhf_duplex.run import train
 
     folder = out / f"{arm}-{seed}" / "evaluation"
     begun = last_checkpoint(out / f"{arm}-{seed}") is not None

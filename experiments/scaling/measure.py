@@ -18,8 +18,8 @@ from rlhf_duplex.cluster.roles import LearnerRole, RolloutRole, load_policy, mak
 from rlhf_duplex.config import Config, load_config
 from rlhf_duplex.inputs import NANO_DATA, load_inputs
 from rlhf_duplex.learner import make_batch
+from rlhf_duplex.run import running
 from rlhf_duplex.run_folder import prepare_run_dir
-from rlhf_duplex.trainer import running
 
 SMALL = ["trainer.groups=4", "trainer.group_size=8", "trainer.minibatch=16", "context.probability=0"]
 

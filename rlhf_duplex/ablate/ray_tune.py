@@ -215,6 +215,7 @@ def _tune(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     import ray
     from ray import tune
+    from ray.tune.progress_reporter import TrialProgressCallback
 
     class Local:
         """Tune saves its callbacks; ours live in this process alone, and nothing is restored from what it saves."""
@@ -228,7 +229,12 @@ def _tune(
     running: set[str] = set()
     asked: set[str] = set()
 
-    class Watching(Local, tune.Callback):
+    class Watching(Local, TrialProgressCallback):
+        """In place of Tune's own, which prints a line without contents for each trial."""
+
+        def on_trial_result(self, *_: Any, **info: Any) -> None:
+            pass
+
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.add(trial.trial_id)
             self.functions[0](trial.config)

@@ -42,10 +42,10 @@ def main(config_path: str, outcome_path: str) -> int:
 
 
 def _run(command: str, path: Path, overrides: list[str]) -> Any:
-    from rlhf_duplex import trainer
     from rlhf_duplex.config import load_config
+    from rlhf_duplex.run import evaluate, train
 
-    return (trainer.train if command == "train" else trainer.evaluate)(load_config(path, overrides))
+    return (train if command == "train" else evaluate)(load_config(path, overrides))
 
 
 def _die_with_parent() -> None:

@@ -109,10 +109,10 @@ def _check_suite(options: argparse.Namespace) -> None:
 
 
 def _heldout(options: argparse.Namespace, config: Any) -> dict[str, Any]:
-    from rlhf_duplex import trainer
     from rlhf_duplex.evaluation.metrics import read_results
+    from rlhf_duplex.run import evaluate
 
-    return {Path(config.run_dir).name: read_results(trainer.evaluate(config))}
+    return {Path(config.run_dir).name: read_results(evaluate(config))}
 
 
 def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from rich.console import Console
 from envs.segments import write_manifest
 from rlhf_duplex.config import load_config
 from rlhf_duplex.inputs import load_inputs
+from rlhf_duplex.run import running
 from rlhf_duplex.run_folder import prepare_run_dir
-from rlhf_duplex.trainer import running
 
 AXIS = """
 import numpy as np
@@ -72,8 +72,7 @@ def updates(folder: Path, run_dir: Path, accident=None, **overrides) -> list[dic
     config = load_config(None, options(folder, run_dir, **overrides))
     inputs = load_inputs(config)
     with running(config, inputs, prepare_run_dir(config), Console(quiet=True)) as trainer:
-        if not config.resume:
-            trainer.save()
+        trainer.begin()
         if accident is not None:
             step = trainer.step
 

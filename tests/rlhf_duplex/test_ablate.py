@@ -18,7 +18,7 @@ from envs.files import write_text
 from envs.segments import write_manifest
 from rlhf_duplex.ablate.plan import load_plan
 from rlhf_duplex.ablate.run import _lock, ablate, show_plan
-from rlhf_duplex.ablate.trial import read_record
+from rlhf_duplex.ablate.trial import Record, read_record, write_record
 from rlhf_duplex.cli import main
 from rlhf_duplex.config_files import to_yaml
 from rlhf_duplex.run_folder import make_console
@@ -265,6 +265,7 @@ def test_asked_to_stop_trials_on_ray_keep_every_update(tmp_path, one_of_each, be
     assert [p.name for p in (first / "checkpoints").glob("step_*")] == [f"step_{updates:06d}"]
     assert not second.exists()
     assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert "Last result" not in (tmp_path / "log").read_text()  # a line of Tune's own
     record = read_record(tmp_path / "run", first.name)
     assert (record.status, record.attempts) == ("open", 0)
     assert record.seconds > 0
@@ -296,7 +297,7 @@ def test_on_ray_with_early_stopping_and_a_second_attempt(tmp_path, one_of_each, 
     assert "stopped early" in (plan.run_dir / "report.html").read_text()
 
 
-def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin):
+def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin, monkeypatch):
     pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
@@ -322,3 +323,12 @@ def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin
     assert [read_record(plan.run_dir, trial.name).attempts for trial in plan.trials] == [0, 0, 1]
     assert main(["ablate", str(path)]) == 0  # there are as many points as were asked for
     assert load_plan(path).conditions == plan.conditions
+    assert main(["ablate", str(path), "search.points=9", "budget.trials=3"]) == 0  # they are spent
+    assert load_plan(path).conditions == plan.conditions
+    monkeypatch.setattr(subprocess, "Popen", None)  # a point that failed for good is not started again
+    failed = {"number": 2, "overrides": {"rewards.trouble.value": 0.1}}
+    write_text(tmp_path / "run" / "points" / "77aa.json", json.dumps(failed))
+    trial = load_plan(path).trials[-1]
+    write_record(plan.run_dir, trial.name, Record("failed", attempts=2))
+    assert main(["ablate", str(path), "search.points=3"]) == 1
+    assert read_record(plan.run_dir, trial.name).attempts == 2

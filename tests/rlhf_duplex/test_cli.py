@@ -290,7 +290,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     def train(_):
         raise next(errors)
 
-    monkeypatch.setattr("rlhf_duplex.trainer.train", train)
+    monkeypatch.setattr("rlhf_duplex.run.train", train)
     assert "the disk is full" in failing(capsys)
     assert "the disk is full" in failing(capsys)
     with pytest.raises(OSError, match="Input/output"):

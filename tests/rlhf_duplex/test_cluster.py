@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from envs.errors import InputError
 from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.cluster.processes import ClusterError
+from rlhf_duplex.cluster.ray_cluster import RayCluster
 
 # 20 for the run of the issue; the suite's is as long as it must be to have every accident.
 UPDATES = int(os.environ.get("RLHF_DUPLEX_TEST_UPDATES", "6"))
@@ -166,6 +167,29 @@ def test_a_worker_that_dies_with_nothing_to_do_holds_up_no_broadcast(nodes, fold
     found = updates(folder, tmp_path / "run", kill_after_learning, trainer__updates=3, **limits)
     assert [line["update"] for line in found] == [1, 2, 3]
     assert failures[-1] == 1  # the worker; no learner was given up for it
+
+
+def test_learners_that_die_in_the_first_save_or_in_a_resume_are_started_anew(nodes, folder, tmp_path, monkeypatch):
+    killed = []
+
+    def killing(method):
+        whole = getattr(RayCluster, method)
+
+        def once(cluster, *arguments):
+            if method not in killed:
+                killed.append(method)
+                os.kill(cluster._learners.processes[0].where["pid"], signal.SIGKILL)
+            return whole(cluster, *arguments)
+
+        monkeypatch.setattr(RayCluster, method, once)
+
+    straight = updates(folder, tmp_path / "straight", trainer__updates=2, cluster__workers=1)
+    killing("save")
+    updates(folder, tmp_path / "run", trainer__updates=1, cluster__workers=1)
+    killing("restore")
+    resumed = updates(folder, tmp_path / "run", trainer__updates=2, cluster__workers=1, resume="true")
+    assert killed == ["save", "restore"]
+    assert resumed == straight
 
 
 def test_a_hung_worker_is_found_out_and_the_run_gives_up_honestly(nodes, folder, tmp_path):

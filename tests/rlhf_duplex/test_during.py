@@ -66,6 +66,46 @@ def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkey
     assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
 
 
+def test_an_interruption_changes_neither_the_curve_nor_the_best(tmp_path, monkeypatch):
+    rl = ["trainer.updates=3", "evaluation.every=1", "evaluation.episodes=0", "checkpointing.best=-kl"]
+    whole = run(tmp_path / "whole", *rl)
+
+    def stopped(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:  # after the first update, in its evaluation: a checkpoint out of turn
+        patch.setattr("rlhf_duplex.trainer.first_of_each", stopped)
+        run(tmp_path / "run", *rl)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt  # between a checkpoint and its mark
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_duplex.trainer.mark_best", killed)
+        assert main(["train", f"run_dir={tmp_path / 'run'}", *SMALL, *rl, "resume=true"]) == 130
+    assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
+    found = run(tmp_path / "run", *rl, "resume=true")
+    for one, other in zip(whole, found, strict=True):
+        keep = [{k: v for k, v in r.items() if not k.startswith(("time/", "audio_seconds_per"))} for r in (one, other)]
+        assert keep[0] == keep[1]
+    best = [(tmp_path / name / "checkpoints" / "best.json").read_text() for name in ("whole", "run")]
+    assert best[0] == best[1]
+
+
+def test_an_evaluation_of_other_settings_is_not_held_against_the_first(tmp_path, capsys):
+    run(tmp_path / "run", "trainer.updates=1", "evaluation.episodes=0")
+    arguments = ["train", f"run_dir={tmp_path / 'run'}", *SMALL, "resume=true"]
+    for changed, what in (
+        ("evaluation.samples=2", "was measured with samples 1, not 2"),
+        ("evaluation.seed=7", "was measured with seed 1, not 7"),
+        ("evaluation.limit=2", "has nothing of 4 of 8 held-out segments"),
+    ):
+        assert main([*arguments, changed]) == 2
+        assert what in capsys.readouterr().err
+    assert (tmp_path / "run" / "evaluation" / "after.json").is_file()
+
+
 def test_the_first_update_tells_what_no_configuration_could(tmp_path, capsys):
     axes = tmp_path / "axes.py"
     axes.write_text(

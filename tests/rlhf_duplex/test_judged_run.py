@@ -12,7 +12,8 @@ from experiments.judge.server import MODEL, Handler, JudgeServer
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
 from rlhf_duplex.config_files import check_resumed
-from rlhf_duplex.trainer import Trainer, train
+from rlhf_duplex.run import train
+from rlhf_duplex.trainer import Trainer
 
 KEY = "sk-a-key-that-must-not-be-written"
 

@@ -22,9 +22,9 @@ from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.rollout import episode_seed, rollout
+from rlhf_duplex.run import running, train
 from rlhf_duplex.run_folder import prepare_run_dir
 from rlhf_duplex.sampler import segments_of_update
-from rlhf_duplex.trainer import running, train
 
 QUIET = Console(quiet=True)
 SAMPLING = Sampling(text_temperature=1.0, audio_top_k=0)

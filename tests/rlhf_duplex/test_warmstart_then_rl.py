@@ -13,8 +13,8 @@ from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.lora import add_lora, merged_weights, part_of
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.run import train
 from rlhf_duplex.tracking import read_metrics
-from rlhf_duplex.trainer import train
 
 QUIET = Console(quiet=True)
 
