@@ -100,8 +100,12 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def claimed(run_dir: str | Path) -> Iterator[None]:
-    """The run folder for one training at a time; the system lets go of it when the process ends.
+def claimed(run_dir: str | Path, option: str = "run_dir=...") -> Iterator[None]:
+    """The run folder for one command at a time; the system lets go of it when the process ends.
+
+    Args:
+        run_dir: the folder.
+        option: by which another would be chosen.
 
     Raises:
         InputError: another process has it.
@@ -112,12 +116,10 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
-        raise InputError(
-            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
-        ) from error
+        raise InputError(f"run folder {run_dir} cannot be written ({error}): choose another with {option}") from error
     with file:
         if not _locked(file, path):
-            raise InputError(f"another run is writing to {run_dir}: wait for it, or choose run_dir=...")
+            raise InputError(f"another run is writing to {run_dir}: wait for it, or choose another with {option}")
         try:
             yield
         finally:

@@ -119,7 +119,7 @@ def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> 
     from rlhf_duplex.evaluation.systems import parse_systems
     from rlhf_duplex.inputs import check_machine
     from rlhf_duplex.policy.prompt import check_prompt
-    from rlhf_duplex.run_folder import make_console
+    from rlhf_duplex.run_folder import claimed, make_console
 
     console = make_console()
     chosen = list(options.checkpoint)
@@ -131,7 +131,8 @@ def _suite(options: argparse.Namespace, config: Any, checkpoint_given: bool) -> 
     out = options.out or Path("runs") / options.suite
     prepare = functools.partial(prepare_out, out, _read_by(options, systems))
     run = {"fdb-v1": _benchmark, "fdb-v1.5": _benchmark, "live": _live, "questions": _spoken, "safety": _spoken}
-    return finish(out, run[options.suite](options, config, systems, prepare, console), console)
+    with claimed(out, "--out"):
+        return finish(out, run[options.suite](options, config, systems, prepare, console), console)
 
 
 def _benchmark(options: argparse.Namespace, config: Any, systems: Any, prepare: Any, console: Any) -> dict[str, Any]:

@@ -200,6 +200,9 @@ def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys):
         assert main(["evaluate", f"run_dir={tmp_path / 'run'}"]) == 2
         assert "another run is writing to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not put aside, and the lock is gone
+    with claimed(tmp_path / "suite"):
+        assert main(["evaluate", "--suite", "questions", "--out", str(tmp_path / "suite")]) == 2
+        assert "another run is writing to" in capsys.readouterr().err
     with claimed(tmp_path / "run"):  # free again
         (tmp_path / "latest").symlink_to(tmp_path / "run")
         with pytest.raises(InputError, match="another run is writing to"), claimed(tmp_path / "latest"):
