@@ -130,15 +130,26 @@ class Member:
         self._broadcast = Broadcast(rank, world, address, self.config.device, self.config.cluster.timeout)
 
     def send_weights(self) -> int:
-        """The first learner's part of a broadcast, and that of the other learners, who gather; gives the bytes."""
+        """The first learner's part of a broadcast, and that of the other learners, who gather; gives the bytes.
+
+        Raises:
+            RuntimeError: one of those who receive is gone. The learners have gathered everything all the same: none of
+                them waits for another.
+        """
         assert self.learner is not None
         learner, count = self.learner.learner, 0
+        failure: RuntimeError | None = None
         for name, value in learner.parameters.items():
             whole = learner.parallel.whole({name: value.detach()})
-            if self._broadcast is not None:
+            if self._broadcast is not None and failure is None:
                 sent = self._acting(whole[name])
-                self._broadcast.send(sent)
+                try:
+                    self._broadcast.send(sent)
+                except RuntimeError as error:
+                    failure = error
                 count += sent.nbytes
+        if failure is not None:
+            raise failure
         return count
 
     def receive_weights(self, version: int, names: Sequence[str]) -> None:

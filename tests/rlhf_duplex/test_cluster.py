@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from envs.errors import InputError
 from rlhf_duplex.checkpoint import last_checkpoint
+from rlhf_duplex.cluster.learners import LearnerGroup
 from rlhf_duplex.cluster.processes import ClusterError
 from rlhf_duplex.cluster.ray_cluster import RayCluster
 
@@ -167,6 +168,25 @@ def test_a_worker_that_dies_with_nothing_to_do_holds_up_no_broadcast(nodes, fold
     found = updates(folder, tmp_path / "run", kill_after_learning, trainer__updates=3, **limits)
     assert [line["update"] for line in found] == [1, 2, 3]
     assert failures[-1] == 1  # the worker; no learner was given up for it
+
+
+def test_a_worker_that_dies_in_a_broadcast_leaves_no_learner_waiting(nodes, folder, tmp_path, monkeypatch):
+    call, killed = LearnerGroup.call, []
+
+    def then_kill(group, method, *arguments):
+        found = call(group, method, *arguments)
+        if method == "trained_names" and not killed:  # what is asked last before the weights are sent
+            killed.append(pool[0].processes[0].where["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+        return found
+
+    pool = []
+    monkeypatch.setattr(LearnerGroup, "call", then_kill)
+    limits = {"cluster.workers": 1, "cluster.weights": "broadcast", "cluster.timeout": 60, "cluster.max_failures": 1}
+    cut = {"cluster.strategy": "fsdp", "cluster.learners": 2}
+    found = updates(folder, tmp_path / "run", lambda trainer: pool.append(trainer.cluster.pool), **limits, **cut)
+    assert killed
+    assert [line["update"] for line in found] == [1, 2]
 
 
 def test_learners_that_die_in_the_first_save_or_in_a_resume_are_started_anew(nodes, folder, tmp_path, monkeypatch):
