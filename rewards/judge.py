@@ -356,8 +356,9 @@ class Judge:
             ) from None
 
     def _clean(self, text: str) -> str:
-        """A message on one line, without the key."""
-        return " ".join(self._without_key(text).split())[:300]
+        """A message on one line, without the key and without what would steer a terminal."""
+        line = " ".join(self._without_key(text).split())[:300]
+        return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
     def _without_key(self, text: str) -> str:
         key = self._client.api_key

@@ -1,6 +1,6 @@
 """PPO, GRPO, RLOO, Dr. GRPO, clip-higher and the {speak, silent} objective on nano: one table, and curves.
 
-python -m experiments.algorithms [--seeds 0 1 2] [--methods grpo ppo ...] [--out DIR] [key=value ...]
+python -m experiments.algorithms [key=value ...] [--seeds 0 1 2] [--methods grpo ppo ...] [--out DIR]
 
 Every run is `configs/quickstart.yaml` with another method and seed: as many updates of as many episodes of the same
 segments, so that all are compared at equal seconds of audio. Finished runs are not run again, interrupted ones go on.
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.algorithms",
         description=__doc__.splitlines()[0],
-        epilog="example: python -m experiments.algorithms --seeds 0 --methods grpo ppo trainer.updates=20",
+        epilog="example: python -m experiments.algorithms trainer.updates=20 --seeds 0 --methods grpo ppo",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))

@@ -1,6 +1,6 @@
 """Measure the step on this machine, fit its model, and predict the step of the 7B on 8, 32 and 256 GPUs.
 
-python -m experiments.scaling [--out DIR] [--workers 1 2] [--updates 4] [--skip-runs] [key=value ...]
+python -m experiments.scaling [key=value ...] [--out DIR] [--workers 1 2] [--updates 4] [--skip-runs]
 
 1. Runs of nano with rollout workers on Ray: seconds by stage, and what share of the step is transport.
 2. Rollouts and updates of several sizes in one process: the constants of the step's model, by least squares, and how

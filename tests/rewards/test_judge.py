@@ -359,10 +359,11 @@ def test_what_is_wrong_is_said_before_anything_is_judged(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=rf"{url} cannot be reached .*start the server"):
         make_judge(url, tmp_path).check()
     for status, message in ((401, "refuses calls without key_variable"), (404, "cannot be asked as model 'other'")):
-        with faulty_server(lambda *_, status=status: (status, {}, "no")) as server:
+        with faulty_server(lambda *_, status=status: (status, {}, "no\x1b[2J")) as server:
             judge = Judge(JudgeConfig(server.base_url, "other", timeout=2))
-            with pytest.raises(InputError, match=message):
+            with pytest.raises(InputError, match=message) as refused:
                 judge.check()
+            assert "no\ufffd[2J" in str(refused.value)  # which would clear a terminal
     with faulty_server(lambda *_: (503, {})) as server:
         Judge(JudgeConfig(server.base_url, "other")).check()  # busy now is no reason not to begin
 
