@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.segments import read_manifest
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import Config
 from rlhf_duplex.dry_run import FRAME_RATE, GIB, count_memory, gathered_bytes, meta_model, model_config, saved_bytes
 from rlhf_duplex.inputs import NANO_DATA
-from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import find_bundle, local_info
 from rlhf_duplex.policy.lora import add_lora, is_adapted
 from rlhf_duplex.policy.memory import USED

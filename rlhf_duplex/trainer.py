@@ -19,6 +19,7 @@ from envs.errors import InputError
 from envs.segments import Segment
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.algorithms.values import batch_rewards
+from rlhf_duplex.batch import make_batch
 from rlhf_duplex.checkpoint import last_checkpoint, mark_best, prune
 from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
 from rlhf_duplex.cluster.roles import Rollouts, in_order, make_units
@@ -27,7 +28,6 @@ from rlhf_duplex.evaluation.during import record_during
 from rlhf_duplex.evaluation.metrics import reward_options, segment_values
 from rlhf_duplex.evaluation.suite import record_suite, suite_episodes
 from rlhf_duplex.inputs import Inputs, first_of_each
-from rlhf_duplex.learner import make_batch
 from rlhf_duplex.live import training_segments
 from rlhf_duplex.rollout import episode_seed
 from rlhf_duplex.run_folder import StoppedError, progress

@@ -28,8 +28,9 @@ from envs.vector import DuplexDialogueVectorEnv
 from experiments.benchmarks.run import ceiling, machine, synchronise
 from rewards.aggregate import EarlyScores, RewardFunction, RewardSpec
 from rlhf_duplex.algorithms.advantages import combine_advantages
+from rlhf_duplex.batch import Batch, make_batch
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
-from rlhf_duplex.learner import Batch, Learner, make_batch
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import NANO_FOLDER, Bundle
 from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
 from rlhf_duplex.policy.memory import dialogues_that_fit

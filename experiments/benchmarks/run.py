@@ -18,8 +18,9 @@ from envs.cores import cores, one_core_operations
 from envs.errors import InputError
 from envs.speech import SileroDetector
 from experiments.benchmarks.memory import growth, peak_memory_mb
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
-from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling

@@ -14,10 +14,10 @@ from rich.console import Console
 from envs.segments import read_manifest
 from envs.speech import make_detector
 from rewards.aggregate import RewardFunction, RewardSpec
+from rlhf_duplex.batch import make_batch
 from rlhf_duplex.cluster.roles import LearnerRole, RolloutRole, load_policy, make_units
 from rlhf_duplex.config import Config, load_config
 from rlhf_duplex.inputs import NANO_DATA, load_inputs
-from rlhf_duplex.learner import make_batch
 from rlhf_duplex.run import running
 from rlhf_duplex.run_folder import prepare_run_dir
 

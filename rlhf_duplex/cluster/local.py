@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.cluster.roles import LearnerRole, Played, RolloutRole, Unit, load_policy
 from rlhf_duplex.config import Config
 from rlhf_duplex.inputs import Inputs
-from rlhf_duplex.learner import Batch
 
 
 class LearnersLostError(RuntimeError):

@@ -11,10 +11,10 @@ import torch
 from envs.segments import Segment
 from envs.speech import make_detector
 from rewards.aggregate import RewardFunction, RewardSpec
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.cluster.roles import LearnerRole, Played, RolloutRole, Unit, load_policy
 from rlhf_duplex.cluster.weights import Broadcast
 from rlhf_duplex.config import Config
-from rlhf_duplex.learner import Batch
 from rlhf_duplex.parallel import Alone, DataParallel, Sharded
 
 

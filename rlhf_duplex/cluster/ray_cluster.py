@@ -9,6 +9,7 @@ import ray
 from rich.console import Console
 
 from envs.segments import Segment
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.cluster.learners import LearnerGroup
 from rlhf_duplex.cluster.local import LearnersLostError
 from rlhf_duplex.cluster.pool import RolloutPool
@@ -16,7 +17,6 @@ from rlhf_duplex.cluster.processes import ClusterError, GoneError, Process, conn
 from rlhf_duplex.cluster.roles import Played, Unit
 from rlhf_duplex.config import Config
 from rlhf_duplex.inputs import Inputs
-from rlhf_duplex.learner import Batch
 
 
 def _absolute(segment: Segment) -> Segment:

@@ -21,10 +21,11 @@ from envs.speech import SpeechDetector
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.checkpoint import restore, save_checkpoint
 from rlhf_duplex.config import Config
 from rlhf_duplex.data.codes import open_cache
-from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.live import training_environment
 from rlhf_duplex.parallel import Alone
 from rlhf_duplex.policy.bundle import Bundle, load_bundle

@@ -22,7 +22,8 @@ from rich.text import Text
 from envs.episode import Word
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment, write_manifest
-from rlhf_duplex.data.corpora import CORPORA, Transcript, find_corpus
+from rlhf_duplex.data.corpora import CORPORA, find_corpus
+from rlhf_duplex.data.corpora.layout import Transcript
 from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
 from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection, detect

@@ -14,7 +14,8 @@ from envs.errors import InputError
 from envs.speech import Interval, SileroDetector
 from envs.streaming import stream_speech
 from envs.utterances import clip_intervals
-from rlhf_duplex.data.corpora import CORPORA, Transcript
+from rlhf_duplex.data.corpora import CORPORA
+from rlhf_duplex.data.corpora.layout import Transcript
 from rlhf_duplex.data.curate_options import VoiceActivity
 from rlhf_duplex.data.recordings import Recording, check_recording, files_fingerprint
 

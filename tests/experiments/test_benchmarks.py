@@ -11,7 +11,7 @@ import torch
 from experiments.benchmarks.__main__ import main
 from experiments.benchmarks.gpu import frame_bytes, update_flops
 from experiments.benchmarks.memory import growth
-from rlhf_duplex.learner import Batch
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.policy.frame import FrameStep
 from rlhf_duplex.policy.memory import dialogue_bytes, dialogues_that_fit
 from rlhf_duplex.policy.moshi import MoshiPolicy

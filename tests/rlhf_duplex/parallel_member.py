@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
-from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.parallel import Alone, DataParallel, Sharded
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.lora import add_lora

@@ -14,9 +14,10 @@ from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import write_manifest
 from envs.vector import DuplexDialogueVectorEnv
+from rlhf_duplex.batch import make_batch
 from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig, load_config
 from rlhf_duplex.inputs import load_inputs
-from rlhf_duplex.learner import Learner, NonFiniteError, make_batch
+from rlhf_duplex.learner import Learner, NonFiniteError
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.moshi import MoshiPolicy

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from envs.speech import EnergyDetector
 from envs.vector import DuplexDialogueVectorEnv
-from rlhf_duplex.learner import make_batch
+from rlhf_duplex.batch import make_batch
 from rlhf_duplex.parallel import Alone
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling

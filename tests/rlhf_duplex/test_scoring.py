@@ -7,8 +7,9 @@ import torch
 
 from rlhf_duplex.algorithms.losses import entropy, exact_kl, masked_mean, truncated_weights
 from rlhf_duplex.algorithms.objectives import Objective
+from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import OptimiserConfig, PpoConfig, TrainerConfig
-from rlhf_duplex.learner import Batch, Learner
+from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.policy.lora import add_lora, is_fresh, without_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
