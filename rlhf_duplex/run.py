@@ -10,11 +10,12 @@ from rich.console import Console
 from envs.errors import InputError
 from rlhf_duplex.checkpoint import last_checkpoint
 from rlhf_duplex.config import Config
+from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import put_aside, take_before
 from rlhf_duplex.inputs import Inputs, check_before, load_inputs, manifest_path
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.run_folder import StoppedError, check_data, claimed, make_console, prepare_run_dir, stop_requests
+from rlhf_duplex.run_folder import StoppedError, claimed, make_console, prepare_run_dir, stop_requests
 from rlhf_duplex.trainer import Trainer
 
 
@@ -45,14 +46,17 @@ def train(config: Config, console: Console | None = None) -> Path:
 
 
 def _train(config: Config, inputs: Inputs, console: Console) -> Path:
-    run_dir = prepare_run_dir(config)
     files = {"segments": manifest_path(config.segments, "train")}
     if config.evaluation.segments is not None:
         files["evaluation.segments"] = manifest_path(config.evaluation.segments, "heldout")
-    check_data(run_dir, config.resume, config.checkpoint, files)
-    measured = run_dir / "evaluation" / "before.json"
-    if config.resume and measured.is_file():
-        check_before("resume", measured, config, inputs.held_out)
+
+    def check(config: Config, saved: Path) -> None:
+        check_resumed(config, saved)
+        measured = saved.parent / "evaluation" / "before.json"
+        if measured.is_file():
+            check_before("resume", measured, config, inputs.held_out)
+
+    run_dir = prepare_run_dir(config, check, files)
     with running(config, inputs, run_dir, console) as trainer:
         try:
             before, after = _evaluated(trainer)

@@ -22,14 +22,21 @@ from rlhf_duplex.config_files import check_resumed, to_yaml
 from rlhf_duplex.policy.bundle import find_bundle, weights_digest
 
 
-def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resumed) -> Path:
+def prepare_run_dir(
+    config: Any, check: Callable[[Any, Path], None] = check_resumed, files: Mapping[str, Path] | None = None
+) -> Path:
     """The run folder, made and writable, with the resolved configuration in it.
 
-    `check` holds the configuration of a run that is resumed against the saved one. A run that is there already and is
-    not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+    A run that is there already and is not resumed is kept: its folder is renamed to `NAME.old-1` (or the next number).
+    One to resume that is refused is left as it is.
+
+    Args:
+        config: of the run.
+        check: holds the configuration of a run that is resumed against the saved one.
+        files: as in `check_data`, which is left out without them.
 
     Raises:
-        InputError: it cannot be written, or the run to resume had another configuration.
+        InputError: it cannot be written, or the run to resume had another configuration or other data.
     """
     run_dir = Path(config.run_dir)
     folder = find_bundle(config.checkpoint)
@@ -48,6 +55,8 @@ def prepare_run_dir(config: Any, check: Callable[[Any, Path], None] = check_resu
         probe.unlink()
         if config.resume:
             check(config, run_dir / "config.yaml")
+        if files is not None:
+            check_data(run_dir, config.resume, config.checkpoint, files)
         temporary = run_dir / f".config.{os.getpid()}"
         temporary.write_text(to_yaml(config))
         os.replace(temporary, run_dir / "config.yaml")
@@ -116,6 +125,9 @@ def claimed(run_dir: str | Path, option: str = "run_dir=...") -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
+        if folder.is_dir() and os.access(folder, os.W_OK):  # a mount, say, beside which nothing can be written
+            yield
+            return
         raise InputError(f"run folder {run_dir} cannot be written ({error}): choose another with {option}") from error
     with file:
         if not _locked(file, path):

@@ -29,7 +29,9 @@ class MetricsLog:
 
     def cut(self, keep_updates: int) -> None:
         """Leave out the lines of later updates: the run went back to a checkpoint."""
-        kept = [line for line in read_metrics(self.path) if line["update"] <= keep_updates]
+        self._rewrite([line for line in read_metrics(self.path) if line["update"] <= keep_updates])
+
+    def _rewrite(self, kept: list[dict[str, Any]]) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -42,6 +44,12 @@ class MetricsLog:
             os.fsync(file.fileno())
         for mirror in self._mirrors:
             mirror.log(metrics, step=update)
+
+    def amend(self, update: int, figures: dict[str, float]) -> None:
+        """Figures of an update that came late, into its line."""
+        self._rewrite([line | (figures if line["update"] == update else {}) for line in read_metrics(self.path)])
+        for mirror in self._mirrors:
+            mirror.log(figures, step=update)
 
     def close(self) -> None:
         for mirror in self._mirrors:

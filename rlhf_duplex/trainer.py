@@ -249,18 +249,20 @@ class Trainer:
                             self._make_up(log)
                             interrupted = False
                             continue
-                        metrics = self.step()
+                        metrics, whole = self.step(), False
                         with suppress(StoppedError):  # without its figures; the update is logged and saved below
                             metrics |= self.evaluate_during()
+                            whole = True
                         log.write(self.update, metrics)
                         self.console.print(_line(self.update, updates, metrics), soft_wrap=True)
                         if self.update == first:
                             self._warn(metrics)
                         if self._due(self.update) or self.stopped:
-                            self.save()
+                            self.save(whole)
                     except LearnersLostError as error:
                         self._recover(error)
                         log.cut(self.update)
+                        interrupted = self.update > 0  # in a save, perhaps
                     advance(self.update - shown)
                     shown = self.update
             return bool(self.stopped)
@@ -269,13 +271,13 @@ class Trainer:
 
     def _make_up(self, log: MetricsLog) -> None:
         """What came after the last checkpoint without an interruption: an evaluation, and whether it is the best."""
-        lines = read_metrics(log.path)
-        measured = self.run_dir / "evaluation" / f"update_{self.update:06d}.json"
-        if lines and not measured.exists():
-            with suppress(StoppedError):
+        last = (read_metrics(log.path) or [{}])[-1]
+        if last.get("update") == self.update and not any(key.startswith("evaluation/") for key in last):
+            try:
                 if figures := self.evaluate_during():
-                    log.cut(self.update - 1)
-                    log.write(self.update, {k: v for k, v in lines[-1].items() if k != "update"} | figures)
+                    log.amend(self.update, figures)
+            except StoppedError:
+                return
         folder = last_checkpoint(self.run_dir)
         if folder is not None:
             self._mark_best(folder)
@@ -310,10 +312,11 @@ class Trainer:
             except LearnersLostError as again:
                 error = again
 
-    def save(self) -> Path:
-        """A checkpoint of now; the oldest ones go, and the best is marked."""
+    def save(self, whole: bool = True) -> Path:
+        """A checkpoint of now; the oldest ones go, and the best is marked if the update has all its figures."""
         folder = self.cluster.save(self.run_dir, self.update)
-        self._mark_best(folder)
+        if whole:
+            self._mark_best(folder)
         prune(self.run_dir, self.config.checkpointing.keep)
         return folder
 

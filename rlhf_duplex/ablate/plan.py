@@ -36,7 +36,7 @@ class BudgetConfig:
 
     Attributes:
         trials: so many in all.
-        hours: of trials, added up over all that have ended (and over restarts).
+        hours: of all that has run in the folder, added up: trials and the evaluations before them, restarts too.
     """
 
     trials: int = 0

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def run_jobs(
         updates: of a trial, for ASHA.
         workers, config, asha: see the configurations.
         stopping: whether to stop all; asked at every step of Tune's loop. Trials end the update that is under way.
-        ended: called with the name and the record of each trial that has ended; `open` for one that was stopped.
+        ended: called with the name and the record of each trial that has ended or was stopped.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -93,9 +92,9 @@ def run_jobs(
         )
 
     def trainable(values: Mapping[str, Any]) -> None:
-        job = by_name[values["trial"]]
-
-        reported = 0
+        if stop_file.exists():  # while others end their update, Tune fills the places that become free
+            return
+        job, reported = by_name[values["trial"]], 0
 
         def watch(done: int) -> None:
             nonlocal reported
@@ -105,8 +104,11 @@ def run_jobs(
                     tune.report({"updates": line["update"], asha.metric: line[asha.metric]})
             reported = len(lines)
 
-        with suppress(Stopped):
+        try:
             run_job(job, stop_file.exists, watch)
+        except Stopped:
+            if not stop_file.exists():  # by a signal from elsewhere: Tune starts it again
+                raise
 
     def trial_started(values: Mapping[str, Any]) -> None:
         begun[values["trial"]] = time.monotonic() - read_record(root, values["trial"]).seconds
@@ -114,6 +116,8 @@ def run_jobs(
     def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
         job = by_name[values["trial"]]
         record = read_record(job.root, job.name)
+        if stop_file.exists() and record == Record():
+            return  # it never began
         # A first attempt may have failed; one that was lost with its machine stays open.
         behind = record.status in ("open", "failed") and may_start(record, job.retries) and not is_finished(job)
         if asha.metric and behind and not lost and not stop_file.exists():
@@ -169,6 +173,8 @@ def run_search(
     begun, stop_file = len(known), root / STOP_FILE
 
     def trainable(values: Mapping[str, Any]) -> None:
+        if stop_file.exists():  # no further point is kept
+            return
         overrides = {key: round_off(value) for key, value in values.items()}
         path = root / "points" / f"{point_name(overrides)}.json"
         if not path.is_file():
@@ -179,6 +185,8 @@ def run_search(
             try:
                 run_job(job, stop_file.exists)
             except Stopped:
+                if not stop_file.exists():
+                    raise
                 return  # the point is kept, and its trials go on another time
             if is_finished(job):
                 found = read_results(job.result)["axes"].get(axis, {}).get(metric)
@@ -212,7 +220,7 @@ def _tune(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals come in through `stopping`
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that fails at once has none to report
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     import ray
     from ray import tune
     from ray.tune.progress_reporter import TrialProgressCallback
@@ -229,15 +237,21 @@ def _tune(
     running: set[str] = set()
     asked: set[str] = set()
 
-    class Watching(Local, TrialProgressCallback):
+    class Silent(Local, TrialProgressCallback):
         """In place of Tune's own, which prints a line without contents for each trial."""
 
-        def on_trial_result(self, *_: Any, **info: Any) -> None:
+        def on_trial_complete(self, *_: Any, **info: Any) -> None:
             pass
 
+        on_trial_result = on_trial_error = on_trial_complete
+
+    class Watching(Local, tune.Callback):
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.add(trial.trial_id)
             self.functions[0](trial.config)
+
+        def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            running.discard(trial.trial_id)  # lost with its machine: it waits for another
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
@@ -280,7 +294,7 @@ def _tune(
                     storage_path=folder,
                     name="ablation",
                     verbose=0,
-                    callbacks=[Watching(started, ended)],
+                    callbacks=[Watching(started, ended), Silent()],
                     stop=Stopping(stopping),
                     failure_config=tune.FailureConfig(max_failures=2),  # of a node; a trial's own are its record
                 ),

@@ -135,7 +135,7 @@ class _Log:
     def add(self, name: str, record: Record) -> None:
         """A trial has ended, or was interrupted: say so, and write the tables anew."""
         trial = self.trials[name]
-        if record.status == "open":
+        if self.interrupted(record):
             self.console.print(f"{trial.condition.name}, seed {trial.seed}: interrupted", soft_wrap=True)
             return
         self.ended += 1
@@ -146,6 +146,10 @@ class _Log:
         line = f"[{self.ended}/{len(self.trials)}] {what}, {record.seconds / 60:.1f} min"
         self.console.print(line, soft_wrap=True)
         write_tables(self.plan)
+
+    def interrupted(self, record: Record) -> bool:
+        """Whether a trial was stopped: it may have failed before, and goes on another time."""
+        return record.status in ("open", "failed") and may_start(record, self.plan.config.retries)
 
     def spent(self) -> str:
         """Why no further trial may start, or nothing."""
@@ -192,7 +196,7 @@ def _with_ray(
         return stopping() or bool(config.budget.hours and log.spent())
 
     def ended(name: str, record: Record) -> None:
-        if record.status != "open":
+        if not log.interrupted(record):
             advance(log.trials[name].config.trainer.updates)
         log.add(name, record)
 
@@ -234,7 +238,9 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
     config = plan.config
     if config.budget.trials:
         room = len(known) + (config.budget.trials - log.ended) // len(plan.seeds)
-        search = replace(search, points=min(search.points, room))
+        if room < search.points:
+            log.console.print(f"budget.trials leaves room for {max(0, room)} of {search.points} points")
+            search = replace(search, points=room)
     run_search(search, plan.run_dir.resolve(), known, jobs, config.workers, config.ray, stop, ended)
 
 

@@ -33,7 +33,7 @@ from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.build import build_report
-from rlhf_duplex.run_folder import check_data, claimed, make_console, prepare_run_dir, progress, stop_requests
+from rlhf_duplex.run_folder import claimed, make_console, prepare_run_dir, progress, stop_requests
 from rlhf_duplex.tracking import MetricsLog, flat, read_metrics
 from rlhf_duplex.warmstart.config import DECIDES_NUMBERS, MAY_CHANGE, WarmstartConfig
 from rlhf_duplex.warmstart.reference import read_references, reference_key, score_pairs, write_references
@@ -268,8 +268,8 @@ def _warmstart(
 ) -> Path:
     run_dir, main = Path(config.run_dir), machine.is_main_process
     if main:
-        prepare_run_dir(config, partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE))
-        check_data(run_dir, config.resume, config.checkpoint, {"pairs": Path(config.pairs)})
+        check = partial(check_resumed, parts=DECIDES_NUMBERS, free=MAY_CHANGE)
+        prepare_run_dir(config, check, {"pairs": Path(config.pairs)})
     machine.wait_for_everyone()
     torch.manual_seed(config.seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]

@@ -243,16 +243,16 @@ def test_asked_to_stop_trials_on_ray_keep_every_update(tmp_path, one_of_each, be
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
     path.write_text(
-        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3, 4]\nworkers: 1\ngrid: {{trainer.kl_beta: [0.01]}}\n"
+        f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3, 4, 5]\nworkers: 2\ngrid: {{trainer.kl_beta: [0.01]}}\n"
         f"overrides: {{evaluation.before: {begin}, trainer.updates: 500, checkpointing.every: 500}}\n"
     )
-    first, second = (tmp_path / "run" / "trials" / f"kl_beta_0.01_seed{seed}" for seed in (3, 4))
+    *begun, third = (tmp_path / "run" / "trials" / f"kl_beta_0.01_seed{seed}" for seed in (3, 4, 5))
     deadline = time.monotonic() + 600
     with open(tmp_path / "log", "w") as log:
         command = [sys.executable, "-m", "rlhf_duplex.cli", "ablate", str(path)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while not (first / "metrics.jsonl").exists():
+            while not all((trial / "metrics.jsonl").exists() for trial in begun):
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -260,18 +260,20 @@ def test_asked_to_stop_trials_on_ray_keep_every_update(tmp_path, one_of_each, be
             assert process.wait(600) == 0
         finally:
             process.kill()
-    updates = len((first / "metrics.jsonl").read_text().splitlines())
-    assert 1 <= updates < 500
-    assert [p.name for p in (first / "checkpoints").glob("step_*")] == [f"step_{updates:06d}"]
-    assert not second.exists()
+    updates = [len((trial / "metrics.jsonl").read_text().splitlines()) for trial in begun]
+    for trial, count in zip(begun, updates, strict=True):
+        assert 1 <= count < 500
+        assert [p.name for p in (trial / "checkpoints").glob("step_*")] == [f"step_{count:06d}"]
+        record = read_record(tmp_path / "run", trial.name)
+        assert (record.status, record.attempts) == ("open", 0)
+        assert record.seconds > 0
+    assert not third.exists()  # it does not take the place of the one that ends first
+    assert not (tmp_path / "run" / "records" / f"{third.name}.json").exists()
     assert "the same command goes on" in (tmp_path / "log").read_text()
     assert "Last result" not in (tmp_path / "log").read_text()  # a line of Tune's own
-    record = read_record(tmp_path / "run", first.name)
-    assert (record.status, record.attempts) == ("open", 0)
-    assert record.seconds > 0
     # What has been spent so counts: nothing further begins.
     ablate(load_plan(path, ["budget.hours=0.0001"]))
-    assert len((first / "metrics.jsonl").read_text().splitlines()) == updates
+    assert updates == [len((trial / "metrics.jsonl").read_text().splitlines()) for trial in begun]
     assert not list((tmp_path / "run").glob(".stopping"))
 
 

@@ -193,13 +193,20 @@ def test_configuration_files_that_are_wrong(tmp_path, capsys):
     assert "not valid YAML" in failing(capsys, str(path))
 
 
-def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys):
+def test_a_run_folder_that_another_run_writes_to(tmp_path, capsys, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     (tmp_path / "run" / "evaluation").mkdir(parents=True)
     with claimed(tmp_path / "run"):
         assert "another run is writing to" in failing(capsys, f"run_dir={tmp_path / 'run'}")
         assert main(["evaluate", f"run_dir={tmp_path / 'run'}"]) == 2
         assert "another run is writing to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not put aside, and the lock is gone
+    monkeypatch.setattr(Path, "open", denied)
+    with claimed(tmp_path / "run"):  # a mount, beside which nothing can be written
+        pass
+    monkeypatch.undo()
     with claimed(tmp_path / "suite"):
         assert main(["evaluate", "--suite", "questions", "--out", str(tmp_path / "suite")]) == 2
         assert "another run is writing to" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import signal
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.suite import put_aside
+from rlhf_duplex.inputs import first_of_each
 from rlhf_duplex.run_folder import StoppedError
 
 SMALL = [
@@ -49,10 +50,13 @@ def test_what_was_measured_at_an_earlier_end_is_not_taken_for_the_new_one(tmp_pa
     assert not (folder / "after").exists()
     assert (folder / "step_000001.json").read_bytes() == first
     assert list((folder / "step_000001").iterdir())
-    (folder / "after.json").write_bytes(first)  # where that update was measured by `evaluate`, too
+    (folder / "after.json").write_bytes(first + b"\n")  # where that update was measured by `evaluate`, too
+    (folder / "after").mkdir()
     put_aside(tmp_path / "run", "after")
     assert not (folder / "after.json").exists()
+    assert not (folder / "after").exists()
     assert (folder / "step_000001.json").read_bytes() == first
+    assert list((folder / "step_000001").iterdir())
 
 
 def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):
@@ -67,16 +71,22 @@ def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkey
 
 
 def test_an_interruption_changes_neither_the_curve_nor_the_best(tmp_path, monkeypatch):
-    rl = ["trainer.updates=3", "evaluation.every=1", "evaluation.episodes=0", "checkpointing.best=-kl"]
+    best = "checkpointing.best=evaluation/turn_taking/reward"
+    rl = ["trainer.updates=3", "evaluation.every=1", "evaluation.episodes=0", best]
     whole = run(tmp_path / "whole", *rl)
 
     def stopped(*_, **__):
         signal.raise_signal(signal.SIGTERM)
         raise StoppedError
 
-    with monkeypatch.context() as patch:  # after the first update, in its evaluation: a checkpoint out of turn
-        patch.setattr("rlhf_duplex.trainer.first_of_each", stopped)
-        run(tmp_path / "run", *rl)
+    for update in (1, 2):  # in its evaluation: a checkpoint out of turn, and one that is due
+        go_on = ["resume=true"] if update == 2 else []
+        with monkeypatch.context() as patch:
+            calls = iter([first_of_each] * (update - 1) + [stopped])
+            patch.setattr("rlhf_duplex.trainer.first_of_each", lambda *a, calls=calls: next(calls)(*a))
+            rows = run(tmp_path / "run", *rl, *go_on)
+        assert [row["update"] for row in rows] == list(range(1, update + 1))
+        assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
 
     def killed(*arguments):
         raise KeyboardInterrupt  # between a checkpoint and its mark
@@ -96,6 +106,7 @@ def test_an_interruption_changes_neither_the_curve_nor_the_best(tmp_path, monkey
 def test_an_evaluation_of_other_settings_is_not_held_against_the_first(tmp_path, capsys):
     run(tmp_path / "run", "trainer.updates=1", "evaluation.episodes=0")
     arguments = ["train", f"run_dir={tmp_path / 'run'}", *SMALL, "resume=true"]
+    config = (tmp_path / "run" / "config.yaml").read_text()
     for changed, what in (
         ("evaluation.samples=2", "was measured with samples 1, not 2"),
         ("evaluation.seed=7", "was measured with seed 1, not 7"),
@@ -104,6 +115,7 @@ def test_an_evaluation_of_other_settings_is_not_held_against_the_first(tmp_path,
         assert main([*arguments, changed]) == 2
         assert what in capsys.readouterr().err
     assert (tmp_path / "run" / "evaluation" / "after.json").is_file()
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
 
 
 def test_the_first_update_tells_what_no_configuration_could(tmp_path, capsys):
