@@ -65,6 +65,7 @@ def main() -> None:
                 name = f"{kind.__name__}_{number}"
                 (folder / f"{name}.json").write_text(json.dumps(metrics))
                 save_file({n: v.contiguous().clone() for n, v in weights.items()}, folder / f"{name}.safetensors")
+        dist.monitored_barrier()  # the other may not go while the first still reads what it sent
         dist.destroy_process_group()
 
 
