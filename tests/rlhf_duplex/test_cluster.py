@@ -170,6 +170,7 @@ def test_a_worker_that_dies_with_nothing_to_do_holds_up_no_broadcast(nodes, fold
     assert failures[-1] == 1  # the worker; no learner was given up for it
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_in_a_broadcast_leaves_no_learner_waiting(nodes, folder, tmp_path, monkeypatch):
     call, killed = LearnerGroup.call, []
 
@@ -189,6 +190,7 @@ def test_a_worker_that_dies_in_a_broadcast_leaves_no_learner_waiting(nodes, fold
     assert [line["update"] for line in found] == [1, 2]
 
 
+@pytest.mark.long
 def test_learners_that_die_in_the_first_save_or_in_a_resume_are_started_anew(nodes, folder, tmp_path, monkeypatch):
     killed = []
 
@@ -244,7 +246,8 @@ def test_too_little_room_is_said_before_anything_is_started(nodes, folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "workers"), [("ppo", 0), ("grpo", 0), ("ppo", 2), pytest.param("grpo", 2, marks=pytest.mark.long)]
+    ("algorithm", "workers"),
+    [("grpo", 0), ("ppo", 2), *(pytest.param(*other, marks=pytest.mark.long) for other in (("ppo", 0), ("grpo", 2)))],
 )
 def test_killed_and_resumed_it_is_the_same_run_to_the_bit(algorithm, workers, nodes, folder, tmp_path):
     count = UPDATES if UPDATES > 6 else 4

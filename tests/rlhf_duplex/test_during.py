@@ -59,17 +59,6 @@ def test_what_was_measured_at_an_earlier_end_is_not_taken_for_the_new_one(tmp_pa
     assert list((folder / "step_000001").iterdir())
 
 
-def test_a_stop_during_an_evaluation_keeps_the_update_before_it(tmp_path, monkeypatch):
-    def stopped(*_, **__):
-        signal.raise_signal(signal.SIGTERM)
-        raise StoppedError
-
-    monkeypatch.setattr("rlhf_duplex.trainer.first_of_each", stopped)  # which is called at its beginning
-    rows = run(tmp_path / "run", "evaluation.every=1", "checkpointing.every=50")
-    assert [row["update"] for row in rows] == [1]
-    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
-
-
 def test_an_interruption_changes_neither_the_curve_nor_the_best(tmp_path, monkeypatch):
     best = "checkpointing.best=evaluation/turn_taking/reward"
     rl = ["trainer.updates=3", "evaluation.every=1", "evaluation.episodes=0", best]
@@ -86,6 +75,7 @@ def test_an_interruption_changes_neither_the_curve_nor_the_best(tmp_path, monkey
             patch.setattr("rlhf_duplex.trainer.first_of_each", lambda *a, calls=calls: next(calls)(*a))
             rows = run(tmp_path / "run", *rl, *go_on)
         assert [row["update"] for row in rows] == list(range(1, update + 1))
+        assert (tmp_path / "run" / "checkpoints" / f"step_{update:06d}").is_dir()
         assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
 
     def killed(*arguments):
