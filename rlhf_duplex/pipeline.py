@@ -32,6 +32,7 @@ RESUMED = ("train", "warmstart")  # commands that take resume=true
 COMMANDS = ("curate", "pairs", "converse", "warmstart", "train", "evaluate", "ablate", "report", "export")
 _OUTPUTS = ("--out", "--to")
 _KEYS = ("run", "makes", "needs")
+_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def inputs_of(stage: Stage) -> list[Path]:
             named.append(value)
     found = [Path(value) for value in named if value and Path(value).exists()]
     if "nano" in named:
-        found += [Path(__file__).parent / "nano", Path(__file__).parent / "nano_data"]
+        found += [_PACKAGE / "nano", _PACKAGE / "nano_data"]
     makes = {path.resolve() for path in stage.makes}
     return [*dict.fromkeys([*(path for path in found if path.resolve() not in makes), *stage.needs])]
 
@@ -175,7 +176,9 @@ def stage_hash(stage: Stage) -> str:
         if not path.exists():
             raise InputError(f"stage '{stage.name}' needs {path}, which does not exist")
         for file in _files(path, {made.resolve() for made in stage.makes}):
-            digest.update(f"\0{path}\0{file.relative_to(path)}\0".encode())
+            # What ships is known by its place in the package, wherever that is installed.
+            shown = path.relative_to(_PACKAGE) if path.is_relative_to(_PACKAGE) else path
+            digest.update(f"\0{shown}\0{file.relative_to(path)}\0".encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from envs.errors import InputError
+from rlhf_duplex import pipeline
 from rlhf_duplex.cli import main
-from rlhf_duplex.pipeline import Stage, inputs_of, load_pipeline, run_pipeline
+from rlhf_duplex.pipeline import Stage, inputs_of, load_pipeline, run_pipeline, stage_hash
 from rlhf_duplex.run_folder import stop_requests
 
 PIPELINE = """
@@ -241,3 +243,14 @@ def test_mistakes(tmp_path, capsys, text, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_ships_is_the_same_wherever_the_package_is(tmp_path, monkeypatch):
+    stage = Stage("train", ("train", "checkpoint=nano"), (tmp_path / "made",))
+    here = stage_hash(stage)
+    for name in ("nano", "nano_data"):
+        shutil.copytree(pipeline._PACKAGE / name, tmp_path / "package" / name)
+    monkeypatch.setattr(pipeline, "_PACKAGE", tmp_path / "package")
+    assert stage_hash(stage) == here
+    (tmp_path / "package" / "nano" / "config.json").write_text("{}")
+    assert stage_hash(stage) != here
