@@ -1,6 +1,6 @@
 """The commands `train` and `evaluate`: everything is checked before the model is loaded, then the trainer runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ def running(config: Config, inputs: Inputs, run_dir: Path, console: Console) -> 
         trainer.cluster.close()
 
 
+def _checked(command: Callable[[Config, Inputs, Console], Path], config: Config, console: Console | None) -> Path:
+    """A command on inputs that are checked, in a run folder that nobody else writes to."""
+    console = console or make_console()
+    with console.status("checking recordings and configuration"):
+        inputs = load_inputs(config)
+    with claimed(config.run_dir):
+        return command(config, inputs, console)
+
+
 def train(config: Config, console: Console | None = None) -> Path:
     """A whole run: checks, evaluation before, updates, evaluation after, report. Gives the run folder.
 
@@ -38,11 +47,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         NonFiniteError: a loss or gradient that is not finite; nothing of that update was saved.
         ClusterError: too many processes died or hung.
     """
-    console = console or make_console()
-    with console.status("checking recordings and configuration"):
-        inputs = load_inputs(config)
-    with claimed(config.run_dir):
-        return _train(config, inputs, console)
+    return _checked(_train, config, console)
 
 
 def _train(config: Config, inputs: Inputs, console: Console) -> Path:
@@ -102,11 +107,7 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError: as in `train`.
     """
-    console = console or make_console()
-    with console.status("checking recordings and configuration"):
-        inputs = load_inputs(config)
-    with claimed(config.run_dir):
-        return _evaluate(config, inputs, console)
+    return _checked(_evaluate, config, console)
 
 
 def _evaluate(config: Config, inputs: Inputs, console: Console) -> Path:
