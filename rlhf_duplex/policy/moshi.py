@@ -87,6 +87,13 @@ class MoshiPolicy:
         self._delays = torch.tensor(lm.delays, device=lm.device)
         streams = torch.arange(lm.n_q + 1, device=lm.device)
         self._agent, self._user = streams[: 1 + self.agent_codebooks], streams[1 + self.agent_codebooks :]
+        # A stream delayed by d frames is preceded by d + 1 initial tokens (or those of the prompt): what is drawn there
+        # is dropped. By frame, the streams that are not.
+        delays = lm.delays[: 1 + self.agent_codebooks]
+        self._early = [
+            torch.tensor([stream for stream, delay in enumerate(delays) if delay <= frame], device=lm.device)
+            for frame in range(self.max_delay)
+        ]
         self.prompt = None if prompt is None or not prompt.shape[1] else prompt.to(lm.device)
         self._before = 0 if self.prompt is None else self.prompt.shape[1]
         self.fixed = lm.device.type == "cuda" if fixed is None else fixed
@@ -246,10 +253,7 @@ class MoshiPolicy:
         distribution = log_distribution(logits, self.sampling.text_temperature, self.sampling.text_top_k)
         stream.log_probs[frame, :count] = distribution.gather(-1, text[:, None])[:, 0]
         tokens = torch.stack([text, *self._draw_audio(stream.step, text, hidden, noise[1:])])
-        # A stream delayed by d frames is preceded by d + 1 initial tokens (or those of the prompt): what is drawn
-        # there is dropped.
-        early = isinstance(frame, int) and frame < self.max_delay
-        drawn = self._agent[self._delays[self._agent] <= frame] if early else self._agent
+        drawn = self._early[frame] if isinstance(frame, int) and frame < self.max_delay else self._agent
         grid[drawn, position + 1, :count] = tokens[drawn]
 
     def _heard(self, stream: _Stream, position: int | torch.Tensor) -> torch.Tensor:
