@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -48,16 +49,18 @@ def main() -> int:
             raise InputError("--threads and --updates must be at least 0 and --repeats at least 1")
         if not arguments.json.resolve().parent.is_dir():
             raise InputError(f"--json {arguments.json}: the folder {arguments.json.parent} does not exist")
+        from envs.files import write_text
         from experiments.benchmarks import gpu, run
 
         console = Console(width=None if sys.stdout.isatty() else 110)
-        results = (gpu if on_gpu else run).run(arguments, console)
+
+        def keep(results: dict[str, Any]) -> None:
+            write_text(arguments.json, json.dumps(results, indent=2) + "\n")
+
+        keep(gpu.run(arguments, console, keep) if on_gpu else run.run(arguments, console))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    temporary = arguments.json.with_name(f".{arguments.json.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, arguments.json)
     console.print(f"wrote {arguments.json}")
     return 0
 

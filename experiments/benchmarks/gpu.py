@@ -70,8 +70,12 @@ class Sizes:
 SMALL = Sizes((1, 4), (1, 2), 12, groups=2, group_size=2, seconds=1.0, context=0.8, rank=2, minibatch=4, microbatch=2)
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(
+    arguments: argparse.Namespace, console: Console, keep: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """All of it; prints tables and gives what is written as JSON.
+
+    `keep` is called with what there is after each measurement: minutes on a lent GPU are not lost to a later failure.
 
     Raises:
         InputError: a device that cannot be used.
@@ -94,10 +98,17 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             "machine": machine(device),
             "settings": {"dtype": arguments.dtype, "shapes": "nano" if arguments.small else "Moshi 7B", **vars(sizes)},
             "ceiling": top,
-            "frames": [frame_figures(bundle, batch, sizes.frames, top, advance) for batch in sizes.batches],
-            "stock": [stock_figures(bundle, batch, sizes.frames, advance) for batch in sizes.stock],
-            "update": whole_update(bundle, sizes, top, advance),
+            "frames": [],
+            "stock": [],
         }
+        keep = keep or (lambda results: None)
+        for batch in sizes.batches:
+            results["frames"].append(frame_figures(bundle, batch, sizes.frames, top, advance))
+            keep(results)
+        for batch in sizes.stock:
+            results["stock"].append(stock_figures(bundle, batch, sizes.frames, advance))
+            keep(results)
+        results["update"] = whole_update(bundle, sizes, top, advance)
     paper = (sizes.groups, sizes.group_size) == (PAPER_GROUPS, PAPER_GROUP_SIZE)
     if paper and not arguments.small:  # of small shapes it would say nothing
         seconds = sum(results["update"]["seconds"].values())

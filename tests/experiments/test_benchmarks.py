@@ -63,6 +63,19 @@ def test_the_benchmark_of_a_gpu_runs_at_small_shapes_on_a_cpu(monkeypatch, tmp_p
     assert "peak_gb" not in results["frames"][0]
 
 
+def test_what_was_measured_on_a_gpu_outlasts_a_later_failure(monkeypatch, tmp_path):
+    def fails(*_):
+        raise torch.OutOfMemoryError("of a GPU")
+
+    monkeypatch.setattr("experiments.benchmarks.gpu.whole_update", fails)
+    arguments = ("gpu", "--small", "--device", "cpu", "--dtype", "float32", "--json", tmp_path / "gpu.json")
+    with pytest.raises(torch.OutOfMemoryError):
+        run_main(monkeypatch, *arguments)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["batch"] for row in results["frames"] + results["stock"]] == [1, 4, 1, 2]
+    assert "update" not in results
+
+
 def test_operations_of_an_update_by_hand(nano):
     """Weights of the temporal layers times 2 a token, attention 2 T^2 D a layer, the head for the frames scored."""
     codes = torch.full((2, 17, 8), -1)
