@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 
 from envs.codec import Codec
 from envs.context import ContextSchedule
@@ -15,31 +16,18 @@ from envs.speech import SpeechDetector
 from envs.vector import DuplexDialogueVectorEnv, frame_spaces
 
 
-class DuplexDialogueEnv(gymnasium.Env):
-    """Replays the user of a segment frame by frame while the agent speaks or stays silent.
+class OneDialogueEnv(gymnasium.Env):
+    """A vector environment with one dialogue as a gymnasium environment: one mechanism, tested once.
 
     Observation `(user_codebooks,)`: the user's codes of this frame. Action `(1 + agent_codebooks,)`: the agent's text
-    token and audio codes of this frame. The reward is 0 until the end of the segment, then the weighted sum of the
-    reward function, with each axis in `info["rewards"]` and the whole `Episode` in `info["episode"]`.
-
-    It is the vector environment with one dialogue: one mechanism, tested once. Arguments as there.
+    token and audio codes of this frame. The reward is 0 until the end, then the weighted sum of the reward function,
+    with each axis in `info["rewards"]` and the whole `Episode` in `info["episode"]`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        codec: Codec,
-        detector: SpeechDetector,
-        reward_function: RewardFunction | None = None,
-        context: ContextSchedule | None = None,
-        lead_in: float = 3.0,
-        max_frames: int | None = None,
-    ) -> None:
-        self.vector = DuplexDialogueVectorEnv(
-            segments, codec, detector, 1, reward_function, context, lead_in, max_frames
-        )
+    def __init__(self, vector: VectorEnv, codec: Codec) -> None:
+        self.vector = vector
         self.observation_space, self.action_space = frame_spaces(codec)
 
     def reset(
@@ -48,8 +36,8 @@ class DuplexDialogueEnv(gymnasium.Env):
         """Begin a dialogue.
 
         Args:
-            seed: of the choice of segment and context.
-            options: `segment`: its id or a `Segment`; `context`: seconds; `progress`: of the training.
+            seed: of the choice of what is played.
+            options: those of the vector environment, but `segment`, an id or a `Segment`, for its `segments`.
 
         Raises:
             InputError: an id that is not there.
@@ -76,3 +64,23 @@ class DuplexDialogueEnv(gymnasium.Env):
             bool(truncated[0]),
             info,
         )
+
+
+class DuplexDialogueEnv(OneDialogueEnv):
+    """Replays the user of a segment frame by frame while the agent speaks or stays silent.
+
+    Arguments and options as those of `DuplexDialogueVectorEnv`.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        codec: Codec,
+        detector: SpeechDetector,
+        reward_function: RewardFunction | None = None,
+        context: ContextSchedule | None = None,
+        lead_in: float = 3.0,
+        max_frames: int | None = None,
+    ) -> None:
+        vector = DuplexDialogueVectorEnv(segments, codec, detector, 1, reward_function, context, lead_in, max_frames)
+        super().__init__(vector, codec)

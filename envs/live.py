@@ -7,7 +7,6 @@ replayed from a recording but played by a `LiveUser` (a script that listens, or 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -15,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 
 from envs.codec import Codec
 from envs.dialogues import RewardFunction, UserSide, find_segments, finish_dialogues
+from envs.duplex import OneDialogueEnv
 from envs.episode import Episode
 from envs.errors import InputError
 from envs.frames import frames_in
@@ -153,14 +153,8 @@ class DuplexLiveVectorEnv(VectorEnv):
         return finish
 
 
-class DuplexLiveEnv(gymnasium.Env):
-    """One live dialogue as a gymnasium environment: the vector environment with one dialogue. Arguments as there.
-
-    The reward is 0 until the end, then the weighted sum of the reward function, with each axis in `info["rewards"]`
-    and the whole `Episode` in `info["episode"]`.
-    """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+class DuplexLiveEnv(OneDialogueEnv):
+    """One live dialogue as a gymnasium environment. Arguments and options as those of `DuplexLiveVectorEnv`."""
 
     def __init__(
         self,
@@ -172,30 +166,5 @@ class DuplexLiveEnv(gymnasium.Env):
         lead_in: float = 1.0,
         max_frames: int | None = None,
     ) -> None:
-        self.vector = DuplexLiveVectorEnv(dialogues, user, codec, detector, 1, reward_function, lead_in, max_frames)
-        self.observation_space, self.action_space = frame_spaces(codec)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a dialogue; `options`: `segment`, its id or a `Segment`.
-
-        Raises:
-            InputError: an id that is not there.
-        """
-        super().reset(seed=seed)
-        options = dict(options or {})
-        if "segment" in options:
-            options["segments"] = [options.pop("segment")]
-        observation, infos = self.vector.reset(seed=seed, options=options)
-        info = {"segment": infos["segments"][0], "frames": int(infos["frames"][0])}
-        return observation[0].cpu().numpy(), info
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One frame."""
-        observation, rewards, terminated, truncated, infos = self.vector.step(torch.as_tensor(np.asarray(action))[None])
-        info: dict[str, Any] = {}
-        if "episodes" in infos:
-            info["episode"] = infos["episodes"][0]
-            info["rewards"] = infos.get("rewards", [{}])[0]
-        return observation[0].cpu().numpy(), float(rewards[0]), bool(terminated[0]), bool(truncated[0]), info
+        vector = DuplexLiveVectorEnv(dialogues, user, codec, detector, 1, reward_function, lead_in, max_frames)
+        super().__init__(vector, codec)
