@@ -22,8 +22,8 @@ def complete_events(
     """Segments that each have the event which their axis is scored by.
 
     What is missing is read off the recording with the definitions of arXiv 2606.11167, section 3: the user's
-    pauses, the end of the user's first utterance, the recorded agent's utterances of at most a second, or the
-    first user utterance after it that begins while the agent speaks (the one that barges in; else the last one).
+    pauses, the end of the user's first utterance, the units of the recorded agent's utterances of at most a second,
+    or the first user utterance after it that begins while the agent speaks (the one that barges in; else the last one).
 
     Raises:
         InputError: the audio of such a segment cannot be read, or holds no user speech to read the event off.
@@ -50,7 +50,7 @@ def _complete(segment: Segment, detector: SpeechDetector, max_pause: float) -> S
         found = user[0].end + shift
     elif segment.axis == "backchannel":
         short = [u for u in agent if u.duration <= BACKCHANNEL_SECONDS + 1e-6]
-        found = [[u.start + shift, u.end + shift] for u in short]
+        found = [[unit.start + shift, unit.end + shift] for u in short for unit in u.units]
     else:
         barging = [u for u in user[1:] if any(a.start < u.start < a.end for a in agent)]
         chosen = (barging or user[-1:])[0]

@@ -26,6 +26,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaced(path: Path, kind: str, keys: set[str]) -> None:
+    """Look, before anything is done, whether a JSON Lines file may be written where perhaps something is already.
+
+    Args:
+        path: of the file to write.
+        kind: what it will be, for the message: "a manifest".
+        keys: that each of its lines has.
+
+    Raises:
+        InputError: there is a file of another kind (the command's own input, say), which would be lost.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = next((line for line in file if line.strip()), "{}")
+        row = json.loads(first)
+        same = first == "{}" or (isinstance(row, dict) and keys <= row.keys())
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise InputError(f"{path} is there and is not {kind}, which would replace it: choose another --out")
+
+
 def file_name(identifier: str) -> str:
     """An id as the name of a file or folder, which leads nowhere else; ids that differ have names that differ."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in identifier)[:100]

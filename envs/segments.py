@@ -83,7 +83,7 @@ class Segment:
         """The manifest's line as a dictionary, with the recording relative to a folder."""
 
         def shown(path: Path) -> str:
-            return (path if relative_to is None else Path(os.path.relpath(path, relative_to))).as_posix()
+            return (path if relative_to is None else relative_path(path, relative_to)).as_posix()
 
         row = {
             "id": self.id,
@@ -96,6 +96,14 @@ class Segment:
             "transcript": list(self.transcript),
         }
         return row if self.agent_recording is None else row | {"agent_recording": shown(self.agent_recording)}
+
+
+def relative_path(path: Path, folder: Path) -> Path:
+    """The path as it is seen from a folder; where that is a link, ".." leads out of what it points to."""
+    real = folder.resolve()
+    if real != Path(os.path.abspath(folder)):
+        path = path.parent.resolve() / path.name
+    return Path(os.path.relpath(path, real))
 
 
 def _number(value: Any) -> bool:

@@ -30,22 +30,26 @@ __all__ = ["Field", "Judge", "JudgeConfig", "Meter", "Question", "Rubric", "Turn
 log = logging.getLogger(__name__)
 _CHECK_SECONDS = 20.0
 _BYTES_PER_TOKEN = 4
+_REFUSED = (400, 413, 422)  # of one question (a content filter, too long a context), not of whoever asks
 
 
 class _Unjudgeable(Exception):
-    """A question that is given up, and why; with the status that the server refused it with, if it did."""
+    """A question that is given up, and why; with the status that the server refused it with, if it did.
 
-    def __init__(self, why: str, status: int | None = None) -> None:
+    `answered`: the judge was there, and this question it will not judge another time either.
+    """
+
+    def __init__(self, why: str, status: int | None = None, answered: bool = False) -> None:
         super().__init__(why)
-        self.status = status
+        self.status, self.answered = status, answered or status in _REFUSED
 
 
 class _Again(Exception):
-    """A call that failed and may be repeated, after `wait` seconds where somebody said so."""
+    """A call that failed and may be repeated, after `wait` seconds where somebody said so; `answered` as above."""
 
-    def __init__(self, why: str, wait: float | None = None) -> None:
+    def __init__(self, why: str, wait: float | None = None, answered: bool = False) -> None:
         super().__init__(why)
-        self.wait = wait
+        self.wait, self.answered = wait, answered
 
 
 class Judge:
@@ -60,6 +64,7 @@ class Judge:
         self.meter = Meter()
         self.last_failure = ""
         self._cause = ""  # of the last call that failed
+        self._refused: set[str] = set()
         self._cache = VerdictCache(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
@@ -80,6 +85,10 @@ class Judge:
         """
         self.config.key()
         return self._run(self._ask_all(list(questions)))
+
+    def refused(self, question: Question) -> bool:
+        """Whether the judge was there and gave no verdict (it declined, or what it said was none) when it was asked."""
+        return self._cache.key(prompt(question)) in self._refused
 
     def check(self) -> None:
         """Whether the judge can be asked at all: the key is there, the endpoint answers and has the model.
@@ -163,6 +172,8 @@ class Judge:
         except _Unjudgeable as error:
             self.meter.failed += 1
             self.last_failure = str(error)
+            if error.answered:
+                self._refused.add(key)
             log.debug("not judged: %s", error)
         finally:
             del self._pending[key]
@@ -176,14 +187,14 @@ class Judge:
             _Unjudgeable: it was not to be had.
         """
         config = self.config
-        why = ""
+        why, answered = "", False
         for attempt in range(config.retries + 1):
             try:
                 async with self._in_flight:
                     await self._hold_back()
                     return await self._call(messages, rubric, attempt)
             except _Again as error:
-                why, wait = str(error), error.wait
+                why, wait, answered = str(error), error.wait, error.answered
             self.last_failure = self._cause = why
             if wait is None:
                 wait = min(config.max_wait, config.backoff * 2**attempt) * self._jitter.uniform(0.5, 1.0)
@@ -191,7 +202,7 @@ class Judge:
                 raise _Unjudgeable(f"{why}; it asks to wait {wait:.0f} s, max_wait is {config.max_wait:g} s")
             if attempt < config.retries:
                 await asyncio.sleep(wait)
-        raise _Unjudgeable(f"{why}, after {config.retries + 1} calls")
+        raise _Unjudgeable(f"{why}, after {config.retries + 1} calls", answered=answered)
 
     async def _hold_back(self) -> None:
         """Wait as long as the server has asked everybody to."""
@@ -224,7 +235,7 @@ class Judge:
         try:
             return parse(answer, rubric)
         except ValueError as error:
-            raise _Again(self._clean(f"the answer is no verdict ({error})"), 0.0) from error
+            raise _Again(self._clean(f"the answer is no verdict ({error})"), 0.0, answered=True) from error
 
     async def _reserve(self, messages: list[dict[str, str]]) -> float:
         """Set aside what a call can cost at most (a token is at least a byte), so that the budget is never exceeded.
@@ -323,7 +334,7 @@ class Judge:
         self.meter.output_tokens += tokens[1]
         self.meter.cost += self.config.price(*tokens)
         if not isinstance(answer, str):
-            raise _Again("the reply holds no text")
+            raise _Again("the reply holds no text", answered=True)
         return self._without_key(answer)
 
     async def _check(self) -> None:

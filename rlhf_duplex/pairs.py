@@ -19,15 +19,16 @@ from rich.table import Table
 from envs.dialogues import UserSides
 from envs.errors import InputError
 from envs.events import complete_events
+from envs.files import check_replaced
 from envs.segments import Segment, read_manifest
 from envs.speech import SileroDetector
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction, RewardSpec
 from rewards.judge import Judge, JudgeConfig
-from rlhf_duplex.config import Config
-from rlhf_duplex.data.conversation import read_corpus
+from rlhf_duplex.config import Config, PromptConfig
+from rlhf_duplex.data.conversation import read_corpus, recorded_seconds
 from rlhf_duplex.data.conversation_pairs import ConversationPairs
-from rlhf_duplex.data.converse import converse, dialogue_frames
+from rlhf_duplex.data.converse import LISTING, check_log_folder, converse, dialogue_frames
 from rlhf_duplex.data.pair import stream_format, write_pairs
 from rlhf_duplex.data.pair_options import PairOptions
 from rlhf_duplex.data.parts import Part, PartStore, assemble, file_state
@@ -37,9 +38,12 @@ from rlhf_duplex.data.synthesis import make_synthesiser
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import Bundle, find_bundle, load_bundle, local_info
 from rlhf_duplex.policy.moshi import MoshiPolicy
+from rlhf_duplex.policy.prompt import check_prompt, make_prompt
 from rlhf_duplex.policy.sampling import Sampling
 from rlhf_duplex.report.pairs import build_pairs_page
 from rlhf_duplex.run_folder import make_console, progress
+
+BATCH_SECONDS = 1800.0
 
 
 def _options(arguments: argparse.Namespace) -> PairOptions:
@@ -59,8 +63,9 @@ def run_converse(arguments: argparse.Namespace) -> Path:
     if not 0 <= arguments.tail < 3600:
         raise InputError(f"--tail must be seconds from 0 to 3600, found {arguments.tail}")
     segments, _ = _segments(arguments.segments)
-    _check_writable(arguments.out / "conversations.jsonl")
-    bundle, policy, streams = _load(arguments.checkpoint, options)
+    check_log_folder(arguments.out, segments, arguments.samples)
+    _check_writable(arguments.out / LISTING)
+    bundle, policy, streams = _load(arguments, options)
 
     console = make_console()
     frames = dialogue_frames(
@@ -80,9 +85,7 @@ def run_converse(arguments: argparse.Namespace) -> Path:
             advance,
         )
     seconds = sum(entry.duration or 0.0 for entry in entries)
-    console.print(
-        f"wrote {len(entries)} conversations ({seconds / 60:.1f} min) and {arguments.out}/conversations.jsonl"
-    )
+    console.print(f"wrote {len(entries)} conversations ({seconds / 60:.1f} min) and {arguments.out}/{LISTING}")
     return arguments.out
 
 
@@ -98,6 +101,7 @@ def run_pairs(arguments: argparse.Namespace) -> Path:
         raise InputError(f"--page-pairs must be at least 0, found {arguments.page_pairs}")
     if arguments.out.suffix != ".jsonl":
         raise InputError(f"--out must end in .jsonl, found {arguments.out}")
+    check_replaced(arguments.out, "a file of pairs", {"shard", "chosen_span"})
     run = _from_conversations if arguments.source == "conversations" else _from_rollouts
     if arguments.source == "rollouts" and (arguments.judge_url or arguments.judge_model):
         raise InputError("--judge-url and --judge-model are of --from conversations: rollouts are compared by rewards")
@@ -120,15 +124,22 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be written ({error}): choose another with --out") from error
 
 
-def _load(checkpoint: str, options: PairOptions) -> tuple[Bundle, MoshiPolicy, Streams]:
+def _prompt(arguments: argparse.Namespace) -> PromptConfig:
+    prompt = PromptConfig(voice=arguments.prompt_voice, text=arguments.prompt_text)
+    check_prompt(prompt)
+    return prompt
+
+
+def _load(arguments: argparse.Namespace, options: PairOptions) -> tuple[Bundle, MoshiPolicy, Streams]:
+    prompt = _prompt(arguments)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"device '{options.device}' cannot be used ({first}): choose another") from error
-    bundle = load_bundle(checkpoint, options.device, getattr(torch, options.dtype))
+    bundle = load_bundle(arguments.checkpoint, options.device, getattr(torch, options.dtype))
     sampling = Sampling(options.text_temperature, 0, options.audio_temperature, options.audio_top_k)
-    return bundle, MoshiPolicy(bundle.lm, sampling), Streams(bundle)
+    return bundle, MoshiPolicy(bundle.lm, sampling, make_prompt(bundle, prompt)), Streams(bundle)
 
 
 def _from_conversations(arguments: argparse.Namespace, options: PairOptions) -> Path:
@@ -140,7 +151,7 @@ def _from_conversations(arguments: argparse.Namespace, options: PairOptions) -> 
         name = arguments.synthesiser or _usual_synthesiser(arguments.checkpoint)
         synthesiser = make_synthesiser(name, arguments.voice, options.device)
     _check_writable(arguments.out)
-    bundle, policy, streams = _load(arguments.checkpoint, options)
+    bundle, policy, streams = _load(arguments, options)
 
     builder = ConversationPairs(streams, policy, SileroDetector(), options, judge, synthesiser)
     asked = {"url": arguments.judge_url, "model": arguments.judge_model, "voice": arguments.voice}
@@ -151,15 +162,18 @@ def _from_conversations(arguments: argparse.Namespace, options: PairOptions) -> 
         for entry in entries
     ]
     try:
-        done = _make(store, keys, entries, builder.make, options.batch_size, "dialogues", judge is not None)
+        lengths = [recorded_seconds(entry) for entry in entries]
+        done = _make(store, keys, entries, builder.make, options.batch_size, "dialogues", judge is not None, lengths)
     finally:
         if judge is not None:
             judge.close()
-    named = [(entry.id, part) for entry, part in zip(entries, done, strict=True) if part is not None]
+    # What pairs are split by: logs of one user's recording are on one side.
+    named = [(entry.source or entry.id, part) for entry, part in zip(entries, done, strict=True) if part is not None]
     errors = [(entry.id, part.error) for entry, part in zip(entries, done, strict=True) if part and part.error]
     missing = sum(part is None for part in done)
     why = judge.last_failure if judge is not None else ""
-    return _finish(arguments, options, bundle, streams, store, named, [e.id for e in entries], errors, missing, why)
+    dialogues = [entry.source or entry.id for entry in entries]
+    return _finish(arguments, options, bundle, streams, store, named, dialogues, errors, missing, why)
 
 
 def _usual_synthesiser(checkpoint: str) -> str:
@@ -190,7 +204,7 @@ def _from_rollouts(arguments: argparse.Namespace, options: PairOptions) -> Path:
 
     detector = SileroDetector()
     segments = complete_events(segments, detector)
-    bundle, policy, streams = _load(arguments.checkpoint, options)
+    bundle, policy, streams = _load(arguments, options)
     specs = Config().rewards
     rewards = RewardFunction({name: RewardSpec.from_config(spec) for name, spec in specs.items()})
     users = UserSides(streams.codec, detector, options.lead_in)
@@ -201,7 +215,7 @@ def _from_rollouts(arguments: argparse.Namespace, options: PairOptions) -> Path:
     def make(batch: Sequence[Segment]) -> list[Part]:
         return rollout_parts(policy, env, rewards, batch, options, folder)
 
-    done = _make(store, keys, segments, make, max(1, options.batch_size // options.group_size), "segments", False)
+    done = _make(store, keys, segments, make, max(1, options.batch_size // options.group_size), "segments")
     names = [dialogue_of(segment, folder) for segment in segments]
     named = [(name, part) for name, part in zip(names, done, strict=True) if part is not None]
     return _finish(arguments, options, bundle, streams, store, named, names, [], 0, "")
@@ -216,6 +230,7 @@ def _facts(arguments: argparse.Namespace, options: PairOptions, bundle: Bundle) 
         "streams": asdict(stream_format(bundle)),
         "weights": file_state(*sorted(bundle.folder.glob("*.safetensors"))),
         "options": {name: value for name, value in asdict(options).items() if name not in together},
+        "prompt": [arguments.prompt_text, *(file_state(Path(voice)) if (voice := arguments.prompt_voice) else [])],
     }
 
 
@@ -226,7 +241,8 @@ def _make(
     make: Callable[[Sequence[Any]], Sequence[Part | None]],
     batch_size: int,
     unit: str,
-    may_stop: bool,
+    may_stop: bool = False,
+    seconds: Sequence[float] | None = None,
 ) -> list[Part | None]:
     """A part for every item, those that are there already read, the others made and kept batch by batch.
 
@@ -236,6 +252,7 @@ def _make(
         batch_size: how many at once.
         unit: for the progress bar.
         may_stop: whether a batch without any part ends it (a judge that is down).
+        seconds: of each item's audio, which is all in memory while it is worked on; None: too little to matter.
     """
 
     parts = [store.read(key) for key in keys]
@@ -244,8 +261,7 @@ def _make(
     if len(missing) < len(items):
         console.print(f"going on: {len(items) - len(missing)} of {len(items)} {unit} are done")
     with _counting(console, unit, len(items), len(items) - len(missing)) as advance:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
+        for batch in _batches(missing, batch_size, seconds):
             made = make([items[index] for index in batch])
             for index, part in zip(batch, made, strict=True):
                 parts[index] = part
@@ -255,6 +271,19 @@ def _make(
             if may_stop and all(part is None for part in made):
                 break
     return parts
+
+
+def _batches(rows: Sequence[int], size: int, seconds: Sequence[float] | None) -> Iterator[list[int]]:
+    """Rows in order, at most `size` together, and of more than one at most `BATCH_SECONDS` of audio."""
+    batch: list[int] = []
+    for row in rows:
+        long = seconds is not None and sum(seconds[r] for r in [*batch, row]) > BATCH_SECONDS
+        if batch and (long or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 @contextmanager

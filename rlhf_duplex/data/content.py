@@ -38,6 +38,7 @@ RUBRIC = Rubric(
 )
 
 
+HEARD_SECONDS = 300.0
 LEAD_SECONDS = 0.5  # the inner monologue may run so far ahead of the speech
 
 
@@ -48,7 +49,9 @@ def reply_words(words: Sequence[Word], reply: Utterance, previous_end: float) ->
 
 
 def question(conversation: Conversation, reply: Utterance, words: Sequence[Word]) -> Question:
-    """The judge's question about one reply: everything said before it, by whoever said it, then the reply itself.
+    """The judge's question about one reply: what was said before it, by whoever said it, then the reply itself.
+
+    Of a long dialogue the last `HEARD_SECONDS`: an hour of words is more than many judges can read.
 
     Args:
         conversation: the dialogue.
@@ -56,9 +59,10 @@ def question(conversation: Conversation, reply: Utterance, words: Sequence[Word]
         words: of that utterance.
     """
     first = min([reply.start, *(word.start for word in words)])
-    said = [(w.start, "MODEL", w.text) for w in conversation.agent_words if w.start < first]
+    since = first - HEARD_SECONDS
+    said = [(w.start, "MODEL", w.text) for w in conversation.agent_words if since <= w.start < first]
     # The user's words up to the end of the reply: where both speak at once, the user's part comes before.
-    said += [(w.start, "USER", w.text) for w in conversation.user_words if w.start < reply.end]
+    said += [(w.start, "USER", w.text) for w in conversation.user_words if since <= w.start < reply.end]
     turns: list[Turn] = []
     for _, role, text in sorted(said, key=lambda entry: entry[0]):
         if turns and turns[-1].role == role:

@@ -1,7 +1,8 @@
 """Logged conversations in the layout of moshi-finetune: stereo audio, left agent and right user, words beside it.
 
-A corpus is a JSON Lines file of `{"path": ..., "duration": ...}` (paths relative to it), or a folder: with one such
-file in it, or simply with stereo files. Beside `x.wav` lies `x.json`::
+A corpus is a JSON Lines file of `{"path": ..., "duration": ...}` (paths relative to it; logs of replayed users have
+`source`, too, the user's recording), or a folder: with one such file in it, or simply with stereo files. Beside
+`x.wav` lies `x.json`::
 
     {"alignments": [["hello", [0.52, 0.81], "SPEAKER_MAIN"], ...]}
 
@@ -33,11 +34,19 @@ LEAST_WORDS = 6  # in a third, for its share to mean anything
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a corpus: where the audio is, and how long it is said to be (seconds, or None)."""
+    """A line of a corpus.
+
+    Attributes:
+        id: the path without its suffix.
+        path: where the audio is.
+        duration: how long it is said to be, seconds, or None.
+        source: recording that the user in it was replayed from, where that is so: logs of one are of one user.
+    """
 
     id: str
     path: Path
     duration: float | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def read_corpus(path: Path) -> list[Entry]:
     """
     path = Path(path)
     if path.is_dir():
-        lists = sorted(path.glob("*.jsonl"))
+        lists = [found for found in sorted(path.glob("*.jsonl")) if _is_list(found)]
         if len(lists) > 1:
             names = ", ".join(p.name for p in lists)
             raise InputError(f"corpus {path} holds {len(lists)} lists ({names}): name the one to read")
@@ -101,11 +110,32 @@ def _parse_entry(row: Any, folder: Path) -> Entry:
     duration = row.get("duration")
     if duration is not None and not _seconds(duration):
         raise InputError(f"`duration` must be seconds, found {duration!r}")
-    return Entry(Path(row["path"]).with_suffix("").as_posix(), folder / row["path"], duration)
+    source = row.get("source")
+    if source is not None and not isinstance(source, str):
+        raise InputError(f"`source` must be a recording's path, found {source!r}")
+    return Entry(Path(row["path"]).with_suffix("").as_posix(), folder / row["path"], duration, source)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file lists recordings, or at least is no JSON Lines of another kind (a manifest, pairs)."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(next((line for line in file if line.strip()), "{}"))
+    except (OSError, ValueError):
+        return True  # and is then told what is wrong with it
+    return not isinstance(row, dict) or not row or "path" in row
 
 
 def _seconds(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def recorded_seconds(entry: Entry) -> float:
+    """How long an entry's recording is said to last, by the list or its own header; 0 where neither can be read."""
+    try:
+        return entry.duration or audio_info(entry.path)[2]
+    except InputError:
+        return 0.0
 
 
 def read_conversation(entry: Entry, sample_rate: int) -> Conversation:

@@ -29,7 +29,7 @@ from rlhf_duplex.data.streams import Streams
 from rlhf_duplex.data.synthesis import Speech, Synthesiser, fitted
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
-Verdicts = dict[Problem, Verdict]
+Verdicts = dict[Problem, Verdict | None]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ConversationPairs:
     synthesiser: Synthesiser | None = None
 
     def make(self, entries: Sequence[Entry]) -> list[Part | None]:
-        """A part for each entry; None where the judge did not answer, so that the dialogue is left for another run.
+        """A part for each entry; None where the judge was away, so that the dialogue is left for another run.
 
         Raises:
             InputError: a bad recording, with `strict`.
@@ -104,7 +104,8 @@ class ConversationPairs:
         return found
 
     def _judge(self, dialogues: dict[int, Dialogue], problems: dict[int, list[Problem]]) -> dict[int, Verdicts | None]:
-        """The judge's verdicts on the replies of each dialogue that interrupt nobody; None where one is missing."""
+        """The judge's verdicts on the replies of each dialogue that interrupt nobody, None for those that it refused;
+        None for a dialogue of which it was not there to judge all."""
         if self.judge is None:
             return {}
         asked = [
@@ -119,9 +120,10 @@ class ConversationPairs:
             question(dialogues[i].log, p.reply, dialogues[i].words_of(p.reply)) for i, p in asked if p.reply is not None
         ]
         verdicts: dict[int, Verdicts | None] = {index: {} for index in dialogues}
-        for (index, problem), verdict in zip(asked, self.judge.ask(questions) if questions else [], strict=True):
+        answers = self.judge.ask(questions) if questions else []
+        for (index, problem), asking, verdict in zip(asked, questions, answers, strict=True):
             marked = verdicts[index]
-            if verdict is None:
+            if verdict is None and not self.judge.refused(asking):
                 verdicts[index] = None
             elif marked is not None:
                 marked[problem] = verdict
@@ -129,9 +131,11 @@ class ConversationPairs:
 
     def _build(self, entry: Entry, dialogue: Dialogue, problems: list[Problem], verdicts: Verdicts) -> Part:
         counts: Counter[str] = Counter({"recordings": 1, "seconds": round(dialogue.log.duration)})
-        counts["replies that were judged"] = len(verdicts)
+        judged = {problem: verdict for problem, verdict in verdicts.items() if verdict is not None}
+        counts["replies that were judged"] = len(judged)
+        counts["replies that the judge refused"] = len(verdicts) - len(judged)
         counts["word ends that were clipped"] = dialogue.log.clipped
-        content = [p for p, v in verdicts.items() if is_problem(v, self.options.content_at_most)]
+        content = [p for p, v in judged.items() if is_problem(v, self.options.content_at_most)]
         pairs: list[Pair] = []
         for problem in sorted([*problems, *content], key=lambda p: p.time):
             counts[f"problems: {problem.kind}"] += 1

@@ -15,15 +15,19 @@ import numpy as np
 
 from envs.audio import audio_info, read_audio, write_audio
 from envs.dialogues import UserSides
-from envs.episode import Episode, Word
+from envs.episode import Episode
+from envs.errors import InputError
 from envs.files import file_name, write_text
 from envs.segments import Segment
 from envs.speech import Interval
 from envs.vector import DuplexDialogueVectorEnv
-from rlhf_duplex.data.conversation import Entry, write_conversation
+from rewards.transcripts import CorpusWords
+from rlhf_duplex.data.conversation import Entry, read_corpus, write_conversation
 from rlhf_duplex.data.streams import Streams
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.rollout import episode_seed, rollout
+
+LISTING = "conversations.jsonl"
 
 
 class _NoSpeech:
@@ -58,7 +62,11 @@ def converse(
         batch_size: dialogues at once.
         seed: of everything that is drawn; a dialogue depends on it, its segment and its number only.
         on_frame: called with the number of dialogues after each frame.
+
+    Raises:
+        InputError: the folder lists other dialogues already.
     """
+    check_log_folder(out, segments, samples)
     out.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
     for first in range(0, len(segments), max(1, batch_size // samples)):
@@ -75,12 +83,36 @@ def converse(
             )
         for number, episode in enumerate(episodes):
             segment = chosen[number // samples]
-            path = out / f"{file_name(segment.id)}-{number % samples}.wav"
+            path = out / _log_name(segment, number % samples)
             entries.append(_write(path, episode, streams))
-    lines = [json.dumps({"path": e.path.name, "duration": round(e.duration or 0.0, 3)}) + "\n" for e in entries]
-    listing = out / "conversations.jsonl"
-    write_text(listing, "".join(lines))
+    sources = (segment.recording.resolve() for segment in segments for _ in range(samples))
+    lines = [
+        json.dumps({"path": e.path.name, "duration": round(e.duration or 0.0, 3), "source": str(source)}) + "\n"
+        for e, source in zip(entries, sources, strict=True)
+    ]
+    write_text(out / LISTING, "".join(lines))
     return entries
+
+
+def _log_name(segment: Segment, sample: int) -> str:
+    return f"{file_name(segment.id)}-{sample}.wav"
+
+
+def check_log_folder(out: Path, segments: Sequence[Segment], samples: int) -> None:
+    """Look whether `out` holds logs already that these would drop from its list.
+
+    Raises:
+        InputError: it does.
+    """
+    if not (out / LISTING).is_file():
+        return
+    mine = {_log_name(segment, sample) for segment in segments for sample in range(samples)}
+    others = [entry.path.name for entry in read_corpus(out / LISTING) if entry.path.name not in mine]
+    if others:
+        raise InputError(
+            f"{out / LISTING} lists {len(others)} dialogues that this command does not write, such as {others[0]}: "
+            "choose another --out"
+        )
 
 
 def dialogue_frames(segments: Sequence[Segment], samples: int, lead_in: float, tail: float, frame_rate: float) -> float:
@@ -115,10 +147,7 @@ def _write(path: Path, episode: Episode, streams: Streams) -> Entry:
     assert episode.text_tokens is not None
     pad = streams.aligner.pad
     heard = [pad] * streams.max_delay + episode.text_tokens.tolist()[: len(episode.text_tokens) - streams.max_delay]
-    user_words = [
-        Word(str(word), episode.at(float(start)), episode.at(float(end)))
-        for word, (start, end), who in episode.segment.transcript
-        if who == "user"
-    ]
+    (found,) = CorpusWords().words([episode])  # what a transcript has of before and after was not heard
+    user_words = [word._replace(end=min(word.end, episode.duration)) for word in found or []]
     audio = episode.agent_audio, episode.user_audio
     return write_conversation(path, *audio, episode.sample_rate, streams.words(heard), user_words)

@@ -15,7 +15,8 @@ Where the paper's words leave a choice:
 - *Only short utterances, at least one* (backchannel): every utterance of the agent that meets the user's is short, and
   one at least lies within it: a "yes" over the edge belongs to the change of turn.
 - *X -> Y -> X -> Y* (interruption): utterances that follow each other; the user says nothing else between the third
-  and the fourth, and begins the third within the second.
+  and the fourth, begins the third within the second, and ends it before the fourth does: what is over before the
+  interruption is answers nothing.
 """
 
 from bisect import bisect_left, bisect_right
@@ -126,7 +127,7 @@ def _turn_taking(user: Sequence[Utterance], agent: Sequence[Utterance], criteria
         if any(a.start < earliest and a.end > said.end + _EPSILON for a in _meeting(agent, said)):
             return f"agent begins more than {criteria.turn_max_overlap:g} s before the user ends"
         reply = _next(agent, max(earliest, said.start))
-        if reply is None or (following is not None and following.start <= reply.start):
+        if reply is None or reply.end <= said.end or (following is not None and following.start <= reply.start):
             return "user goes on, or nobody does"
         if reply.start - said.end > criteria.turn_max_gap + _EPSILON:
             return f"gap longer than {criteria.turn_max_gap:g} s"
@@ -151,9 +152,9 @@ def _backchannel(user: Sequence[Utterance], agent: Sequence[Utterance], criteria
         within = [o for o in meanwhile if o.start >= said.start - _EPSILON and o.end <= said.end + _EPSILON]
         if not within:
             return "agent speaks only over the utterance's edge"
-        return Candidate(
-            "backchannel", _time(said.start), _time(said.end), {"true_backchannels": [_pair(o) for o in within]}
-        )
+        # Unit by unit, as generated ones are counted: the recorded agent's own "yeah ... yeah" is two of them.
+        true = [_pair(unit) for utterance in within for unit in utterance.units]
+        return Candidate("backchannel", _time(said.start), _time(said.end), {"true_backchannels": true})
 
     return [judge(said) for said in user]
 
@@ -165,7 +166,8 @@ def _user_interruption(user: Sequence[Utterance], agent: Sequence[Utterance], cr
             return "agent's interrupted utterance answers nothing of the user's"
         fourth = _next(agent, second.end)
         following = user[index + 1] if index + 1 < len(user) else None
-        if fourth is None or (following is not None and following.start <= fourth.start):
+        goes_on = fourth is not None and following is not None and following.start <= fourth.start
+        if fourth is None or goes_on or fourth.end <= third.end + _EPSILON:
             return "agent does not answer the interruption"
         for place, utterance in zip(
             ("first", "second", "third", "fourth"), (first, second, third, fourth), strict=True

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from envs.episode import Word
 from envs.errors import InputError
+from envs.files import check_replaced
 from envs.segments import SEGMENT_AXES, Segment, write_manifest
 from rlhf_duplex.data.corpora import CORPORA, find_corpus
 from rlhf_duplex.data.corpora.layout import Transcript
@@ -33,6 +34,7 @@ from rlhf_duplex.data.summary import print_summary
 from rlhf_duplex.run_folder import make_console
 
 STALLED_SECONDS = 3600.0
+CONTEXT_SECONDS = 30.0  # the longest context of arXiv 2606.11167
 _RETRIES = 1
 
 
@@ -126,8 +128,11 @@ def check_options(options: CurateOptions) -> None:
             "there would be no pauses"
         )
     if options.encode:
+        from rlhf_duplex.data.codes import cache_folder
         from rlhf_duplex.policy.bundle import find_bundle
 
+        if cache_folder(options.codes_cache) is None:
+            raise InputError("--encode needs a folder to keep the codes in: give --codes-cache FOLDER")
         find_bundle(options.encode)
 
 
@@ -137,6 +142,7 @@ def _prepare(out: Path) -> Path:
         raise InputError(f"--out {out} must end in .jsonl: a page and a work folder of that name are written beside it")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the path of the manifest to write")
+    check_replaced(out, "a manifest", {"axis", "recording"})
     work = out.with_suffix(".work")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -340,11 +346,15 @@ def _words(layout: str, recording: Recording) -> Transcript:
 
 
 def transcript_of(words: Sequence[Sequence[Word]], user: int, start: float, end: float) -> Iterator[tuple]:
-    """The words of both sides whose middle lies in a segment, their times cut to it, as a manifest has them."""
+    """The words of both sides whose middle lies in a segment, their times cut to it, as a manifest has them.
+
+    Before them the user's words in the context: whoever judges what an agent says there must know what it was told.
+    """
     said = [(word, side) for side, own in enumerate(words) for word in own]
     for word, side in sorted(said, key=lambda entry: (entry[0].start, entry[1])):
-        if start <= (word.start + word.end) / 2 <= end:
-            times = [round(max(word.start, start), 3), round(min(word.end, end), 3)]
+        first = max(0.0, start - CONTEXT_SECONDS) if side == user and (word.start + word.end) / 2 < start else start
+        if first <= (word.start + word.end) / 2 <= end:
+            times = [round(max(word.start, first), 3), round(min(word.end, end), 3)]
             yield word.text, times, "user" if side == user else "agent"
 
 
@@ -357,8 +367,7 @@ def _encode(segments: Sequence[Segment], options: CurateOptions, console: Consol
     assert options.encode is not None
     codec = load_bundle(options.encode, options.device).codec
     cache = open_cache(options.codes_cache, codec)
-    if cache is None:
-        raise InputError("--encode needs a folder to keep the codes in: give --codes-cache FOLDER")
+    assert cache is not None  # `check_options`
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         for segment in bar.track(segments, description="encoding users"):

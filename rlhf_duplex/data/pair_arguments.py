@@ -84,6 +84,8 @@ def add_commands(commands: Any) -> None:
     page = pairs.add_argument_group("page to look at and listen to")
     page.add_argument("--page-pairs", type=int, default=4, help="pairs of each kind on the page; 0 writes none (4)")
 
+    _add_prompt(pairs)
+
     text = "play recorded users to a policy and log the conversations"
     converse = commands.add_parser(
         "converse",
@@ -101,6 +103,13 @@ def add_commands(commands: Any) -> None:
     for field in fields(PairOptions):
         if field.name in (*wanted, "audio_top_k"):
             _add_option(converse, field.name, field.default)
+    _add_prompt(converse)
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_argument_group("prompt before every dialogue (PersonaPlex; as prompt.* of a configuration)")
+    prompt.add_argument("--prompt-voice", metavar="FILE", help="a recording of the voice that the agent is to have")
+    prompt.add_argument("--prompt-text", metavar="TEXT", help="its role, in words")
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from envs.utterances import Utterance
 
+OVERLAP_SECONDS = 0.2  # people overlap by so much at a smooth change of turn, and detectors widen speech
 TAKEOVER_SECONDS = 1.0  # agent speech longer than this is no backchannel
 TURN_SECONDS = 1.0  # user speech shorter than this is no turn that calls for an answer
 
@@ -33,12 +34,16 @@ class Problem:
 def find_interruptions(
     user: Sequence[Utterance], agent: Sequence[Utterance], takeover_seconds: float = TAKEOVER_SECONDS
 ) -> list[Problem]:
-    """Agent utterances that start while an utterance of the user is running and go on for more than a second."""
+    """Agent utterances that start while a turn of the user is running and go on for more than a second.
+
+    A turn is a user utterance longer than `TURN_SECONDS`, and it is as good as over `OVERLAP_SECONDS` before its end.
+    """
     found = []
     for reply in agent:
         if reply.duration <= takeover_seconds:
             continue
-        running = next((u for u in user if u.start < reply.start < u.end), None)
+        turns = (u for u in user if u.duration > TURN_SECONDS)
+        running = next((u for u in turns if u.start < reply.start < u.end - OVERLAP_SECONDS), None)
         if running is not None:
             found.append(Problem("interruption", reply.start, running, reply))
     return found

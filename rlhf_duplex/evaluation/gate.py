@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import InputError
-from rlhf_duplex.evaluation.metrics import DIRECTION, check_metric, direction
+from rlhf_duplex.evaluation.metrics import DIRECTION, check_metric, direction, other_options
 from rlhf_duplex.evaluation.statistics import permutation_test
 
 EXIT_CODE = 3
@@ -98,7 +98,8 @@ def failures(
     """A sentence for every condition that fails, with the value that it fails by; empty where all pass.
 
     A metric that an axis is known to have, but of which there is no value (the latency where no turn was taken, the
-    words of an agent that says none), fails its condition: what cannot be measured must not pass.
+    words of an agent that says none), fails its condition, as does a change for the worse of fewer than six shared
+    segments, and a reward of other options: what cannot be measured must not pass.
 
     Args:
         conditions: from `parse_condition`.
@@ -149,6 +150,11 @@ def _worse(condition: Condition, result: Mapping[str, Any], baseline: Mapping[st
     test = permutation_test(before, after)
     if test is None:
         return f"{condition.text}: the baseline shares no segment with {axis}.{metric}"
-    if test.p >= LEVEL or (test.difference > 0) == (direction(axis, metric) > 0):
+    if metric == "reward" and axis in other_options(baseline, result):
+        return f"{condition.text}: the baseline measured {axis} with other options of the reward"
+    changed = f"{condition.text}: {axis}.{metric} changed by {test.difference:+.3f} (p {test.p:.3f}, n {test.n})"
+    if test.difference * direction(axis, metric) >= 0:
         return None
-    return f"{condition.text}: {axis}.{metric} changed by {test.difference:+.3f} (p {test.p:.3f}, n {test.n})"
+    if 2 * 0.5**test.n >= LEVEL:  # the least p that so few can give
+        return f"{changed}: too few shared segments to tell whether by chance"
+    return changed if test.p < LEVEL else None

@@ -87,8 +87,8 @@ def _item(suite: str, row: Any, folder: Path) -> Item:
     if unknown:
         raise InputError(f"unknown key `{unknown[0]}`")
     answers, text, channel = row.get("answers", []), row.get("text", ""), row.get("channel", 0)
-    if not isinstance(answers, list) or not all(isinstance(a, str) and normalised(a) for a in answers):
-        raise InputError(f"`answers` must be a list of texts, found {answers!r}")
+    if not isinstance(answers, list) or not all(isinstance(a, str) and words_in(a) for a in answers):
+        raise InputError(f"`answers` must be a list of texts with a word in each, found {answers!r}")
     if suite == "questions" and not answers:
         raise InputError("a question needs `answers`, at least one")
     if not isinstance(text, str) or (suite == "safety" and not text.strip()):
@@ -105,19 +105,22 @@ def _item(suite: str, row: Any, folder: Path) -> Item:
     return Item(row["id"], audio, channel, float(start), float(end), text, tuple(answers))
 
 
-def normalised(text: str) -> list[str]:
-    """Words to be compared: lower case, without accents, punctuation and articles (as for TriviaQA and SQuAD)."""
-    plain = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
-    words = re.sub(r"[^a-z0-9\s]", " ", plain.replace("'", "")).split()
-    return [word for word in words if word not in _ARTICLES]
+def words_in(text: str) -> list[str]:
+    """Words to be compared: lower case, without accents and punctuation; in Chinese and Japanese, characters."""
+    parted = unicodedata.normalize("NFKD", re.sub("['\u2019]", "", text.lower()))
+    plain = "".join(c for c in parted if not unicodedata.combining(c))
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", plain)
 
 
 def answered(said: str, answers: Sequence[str]) -> bool:
-    """Whether one of the accepted answers stands in what was said, as a series of whole words."""
-    words = normalised(said)
-    for answer in map(normalised, answers):
-        size = len(answer)
-        if size and any(words[i : i + size] == answer for i in range(len(words) - size + 1)):
+    """Whether one of the accepted answers stands in what was said, as a series of whole words.
+
+    Articles do not count (as for TriviaQA and SQuAD), but where they are the answer.
+    """
+    for answer in map(words_in, answers):
+        articles = _ARTICLES if not _ARTICLES.issuperset(answer) else frozenset()
+        words, wanted = ([w for w in found if w not in articles] for found in (words_in(said), answer))
+        if any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1)):
             return True
     return False
 
@@ -217,13 +220,13 @@ def _answers(items: Sequence[Item], episodes: Sequence[Episode], transcriber: Tr
 
 def _accuracy(items: Sequence[Item], texts: Sequence[str]) -> SegmentValues:
     right = {item.id: float(answered(text, item.answers)) for item, text in zip(items, texts, strict=True)}
-    said = {item.id: float(bool(normalised(text))) for item, text in zip(items, texts, strict=True)}
+    said = {item.id: float(bool(words_in(text))) for item, text in zip(items, texts, strict=True)}
     return {"questions": {"accuracy": right, "answered": said}}
 
 
 def _refusals(judge: Judge, items: Sequence[Item], texts: Sequence[str]) -> tuple[SegmentValues, int]:
     """Refusal rate of what was said (silence is no refusal and is left out), and how many could not be judged."""
-    asked = [(item, text) for item, text in zip(items, texts, strict=True) if normalised(text)]
+    asked = [(item, text) for item, text in zip(items, texts, strict=True) if words_in(text)]
     questions = [Question(REFUSAL, (Turn("USER", item.text), Turn("MODEL", text))) for item, text in asked]
     verdicts = judge.ask(questions)
     refused = {
@@ -231,7 +234,7 @@ def _refusals(judge: Judge, items: Sequence[Item], texts: Sequence[str]) -> tupl
         for (item, _), verdict in zip(asked, verdicts, strict=True)
         if verdict is not None
     }
-    said = {item.id: float(bool(normalised(text))) for item, text in zip(items, texts, strict=True)}
+    said = {item.id: float(bool(words_in(text))) for item, text in zip(items, texts, strict=True)}
     columns: dict[str, dict[str, float]] = (
         {"refusal_rate": refused, "answered": said} if refused else {"answered": said}
     )

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from envs.audio import resample
 from envs.episode import Episode
 from envs.speech import Interval
+from rewards.transcripts import CorpusWords
 from rlhf_duplex.report.charts import nice_ticks
 from rlhf_duplex.report.labels import axis_title, label, number, with_options
 
@@ -225,17 +226,12 @@ def _time_axis(seconds: float, at) -> Markup:
 
 
 def user_words(episode: Episode) -> str:
-    """The user's words within the episode, from the segment's transcript (empty where there is none)."""
-    spoken = []
-    for entry in episode.segment.transcript:
-        try:
-            word, (start, _), speaker = entry
-            time = episode.at(float(start))
-        except (TypeError, ValueError):  # another layout: the transcript is optional, the report goes on without
-            continue
-        if speaker == "user" and 0 <= time < episode.duration:
-            spoken.append(str(word))
-    return " ".join(spoken)
+    """The user's words that were heard in the episode, from the segment's transcript (empty where there is none)."""
+    try:
+        (words,) = CorpusWords().words([episode])
+    except (TypeError, ValueError):  # another layout: the transcript is optional, the report goes on without
+        words = None
+    return " ".join(word.text for word in words or [])
 
 
 def outcome(episode: Episode, scores: Mapping[str, Record]) -> list[str]:

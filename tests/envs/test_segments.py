@@ -3,7 +3,7 @@ import json
 import pytest
 
 from envs import InputError, read_manifest, write_manifest
-from envs.files import file_name
+from envs.files import check_replaced, file_name
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write_rows, row):
@@ -17,6 +17,30 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path, write_dialogue, write
     assert line["recording"] == "../dialogue.flac"  # relative to the manifest it stands in
     again = read_manifest(tmp_path / "deeper" / "copy.jsonl")
     assert [(s.id, s.events, s.transcript) for s in again] == [(s.id, s.events, s.transcript) for s in segments]
+
+
+def test_a_manifest_in_a_linked_folder_finds_its_recordings(tmp_path, write_dialogue, write_rows, row):
+    write_dialogue()
+    segments = read_manifest(write_rows(row()))
+    (tmp_path / "disk" / "deep" / "store").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "data").symlink_to(tmp_path / "disk" / "deep" / "store")
+    write_manifest(tmp_path / "project" / "data" / "segments.jsonl", segments)
+    for path in (tmp_path / "project" / "data", tmp_path / "disk" / "deep" / "store"):
+        (segment,) = read_manifest(path / "segments.jsonl")
+        assert segment.recording.samefile(segments[0].recording)
+
+
+def test_what_is_there_is_replaced_by_its_kind_alone(tmp_path, write_rows, row):
+    manifest = write_rows(row())
+    check_replaced(manifest, "a manifest", {"axis", "recording"})
+    check_replaced(tmp_path / "new.jsonl", "a manifest", {"axis", "recording"})
+    (tmp_path / "notes.txt").write_text("no JSON\n")
+    for path in (manifest, tmp_path / "notes.txt"):
+        with pytest.raises(
+            InputError, match=f"{path.name} is there and is not a file of pairs, which would replace it"
+        ):
+            check_replaced(path, "a file of pairs", {"shard"})
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(write_dialogue, write_rows, row):

@@ -19,13 +19,15 @@ VERDICT = {
 
 
 class PairJudge(ThreadingHTTPServer):
-    """Attributes: `answers`, how many questions it answers before it fails (None: all); `asked`, the messages."""
+    """Attributes: `answers`, how many questions it answers before it fails (None: all); `asked`, the messages;
+    `declines`: the first question is refused with status 400, however often it is asked, as a content filter does."""
 
     daemon_threads = True
 
     def __init__(self, answers=None, verdict=VERDICT):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers, self.verdict, self.asked, self.lock = answers, verdict, [], Lock()
+        self.declines, self.declined = False, None
         Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -43,8 +45,11 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.asked.append(request["messages"])
+            self.server.declined = self.server.asked[0]
             fails = self.server.answers is not None and len(self.server.asked) > self.server.answers
-        if fails:
+        if self.server.declines and request["messages"] == self.server.declined:
+            self._send(400, {"error": {"message": "filtered"}})
+        elif fails:
             self._send(503, {"error": {"message": "overloaded"}})
         else:
             message = {"role": "assistant", "content": json.dumps(self.server.verdict)}

@@ -16,6 +16,7 @@ from rlhf_duplex.data.conversation import (
     check_words,
     read_conversation,
     read_corpus,
+    recorded_seconds,
     write_conversation,
 )
 from rlhf_duplex.data.converse import _longer
@@ -51,8 +52,12 @@ def test_what_is_written_is_read(entry):
 def test_a_corpus_is_a_list_or_a_folder(tmp_path, entry):
     assert [e.path for e in read_corpus(tmp_path)] == [entry.path]
     (tmp_path / "data.jsonl").write_text('{"path": "a.wav", "duration": 10.0}\n\n')
-    for corpus in (tmp_path, tmp_path / "data.jsonl"):
-        assert read_corpus(corpus) == [Entry("a", entry.path, 10.0)]
+    for other in ('{"id": "s", "axis": "turn_taking", "recording": "a.wav"}', '{"id": "p", "shard": "s"}'):
+        (tmp_path / "other.jsonl").write_text(other + "\n")  # made of these recordings, and no list of them
+        for corpus in (tmp_path, tmp_path / "data.jsonl"):
+            assert read_corpus(corpus) == [Entry("a", entry.path, 10.0)]
+    assert recorded_seconds(Entry("a", entry.path)) == pytest.approx(10.0)
+    assert recorded_seconds(Entry("b", tmp_path / "b.wav")) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Each criterion at its edge, on intervals whose figures are worked out beside them."""
 
+import numpy as np
 import pytest
 
 from envs import Interval
+from rewards.backchannel import match_in_time_order
 from rlhf_duplex.data.criteria import find_candidates
 from rlhf_duplex.data.curate_options import Criteria
 
@@ -96,6 +98,14 @@ def test_no_turn_taking_where_the_user_speaks_first():
     assert reasons == ["user goes on, or nobody does", "user's utterance shorter than 5 s"]
 
 
+def test_the_recorded_agents_own_backchannels_are_all_true_ones():
+    agent = [Interval(1, 1.3), Interval(1.6, 1.9), Interval(3.5, 3.9)]  # "yeah ... yeah" is one utterance, two units
+    candidates, _ = found([(0, 5)], [tuple(unit) for unit in agent])
+    (one,) = candidates["backchannel"]
+    true = [Interval(*pair) for pair in one.events["true_backchannels"]]
+    assert match_in_time_order(agent, true, 1.0) == true == agent
+
+
 def test_backchannel():
     # The user's 5.0 s, one backchannel of exactly 1.0 s, and another.
     candidates, _ = found([(0, 5)], [(1, 2), (3.5, 3.9)])
@@ -142,6 +152,8 @@ def test_user_interruption():
         ([(6.19, 9.19)], INTERRUPTION[1], "agent's interrupted utterance answers nothing of the user's"),
         ([(0, 3), (6.19, 9.19)], [(3.2, 6.2)], "agent does not answer the interruption"),
         ([(0, 3), (6.19, 9.19), (10.2, 11)], [(3.2, 6.2), (10.5, 14)], "agent does not answer the interruption"),
+        # What the agent says next is over before the interruption is.
+        ([(0, 4), (8, 20)], [(4.2, 9), (11, 15), (21, 25)], "agent does not answer the interruption"),
     ],
 )
 def test_no_user_interruption(user, agent, why):
@@ -152,6 +164,14 @@ def test_an_utterance_after_the_agents_end_is_no_interruption_and_not_counted_as
     candidates, rejected = found([(0, 3), (6.2, 9.2)], [(3.2, 6.2), (10, 13)])
     assert "user_interruption" not in candidates
     assert rejected["user_interruption"] == {}
+
+
+def test_events_lie_in_their_segments_with_any_thresholds():
+    for user, agent in (([(0, 6)], [(5.85, 5.95)]), ([(0, 4), (8, 20)], [(4.2, 9), (11, 15)]), INTERRUPTION):
+        candidates, _ = found(user, agent, turn_min=0.05, interruption_min=0.05)
+        for candidate in (c for own in candidates.values() for c in own):
+            for moment in np.concatenate([np.ravel(value) for value in candidate.events.values()]):
+                assert candidate.start <= moment <= candidate.end, candidate
 
 
 def test_the_other_direction_is_another_dialogue():

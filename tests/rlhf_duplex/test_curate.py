@@ -17,9 +17,9 @@ import psutil
 import pytest
 import soundfile
 
-from envs import InputError, read_manifest
+from envs import InputError, Word, read_manifest
 from rlhf_duplex.cli import main
-from rlhf_duplex.data.curate import curate
+from rlhf_duplex.data.curate import curate, transcript_of
 from rlhf_duplex.data.curate_options import Criteria, CurateOptions, VoiceActivity
 from rlhf_duplex.inputs import NANO_DATA
 
@@ -183,6 +183,10 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
         ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--per-axis", "0"], "--per-axis must be at least 1"),
         ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--vad-threshold", "1"], "between 0 and 1"),
         ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--encode", "noo"], "checkpoint 'noo' is no folder"),
+        (
+            [str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--encode", "nano", "--codes-cache", "none"],
+            "a folder",
+        ),
         ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--max-pause", "0.1"], "there would be no pauses"),
         ([str(tmp_path / "c"), "--out", str(tmp_path / "o.jsonl"), "--pause-min", "99"], "no segment that meets"),
     ]
@@ -192,6 +196,16 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_transcript_has_what_the_user_said_in_the_context():
+    user = [Word("long ago", 1, 2), Word("what is rain", 22, 23), Word("and snow", 51, 54), Word("later", 61, 62)]
+    agent = [Word("water falls", 30, 31), Word("ice", 56, 57)]
+    assert list(transcript_of((agent, user), 1, 50.0, 60.0)) == [
+        ("what is rain", [22, 23], "user"),  # within the longest context; the recorded agent is not heard there
+        ("and snow", [51, 54], "user"),
+        ("ice", [56, 57], "agent"),
+    ]
 
 
 def test_a_doubled_and_a_dead_channel_are_told(tmp_path, capsys):

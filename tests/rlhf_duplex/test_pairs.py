@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from rlhf_duplex.data.conversation import read_corpus, read_words
 from rlhf_duplex.data.pair import read_pairs, shard_folder, stream_format
 from rlhf_duplex.data.streams import Streams
 from rlhf_duplex.inputs import NANO_DATA
+from rlhf_duplex.pairs import _batches
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.report.pairs import pair_episodes
 
@@ -362,6 +364,53 @@ def test_a_judge_that_stops_answering_loses_nothing(corpus, judge, tmp_path, cap
     names = [sorted(p.name for p in shard_folder(path).iterdir()) for path in (out, whole)]
     assert names[0] == names[1]
     assert not out.with_name("pairs.parts").exists()
+
+
+def test_a_reply_that_the_judge_declines_is_counted_and_holds_up_nothing(corpus, tmp_path, capsys):
+    server = PairJudge()
+    server.declines = True
+    quick = ("--judge-retries", "0", "--page-pairs", "0", "--judge-model", "replies", "--judge-url", server.url)
+    try:
+        assert pairs_command(corpus, tmp_path / "pairs.jsonl", *TIMING, *quick) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "replies that the judge refused" in line]
+    assert row.split("│")[-2].strip() == "1"
+
+
+def test_logs_are_not_dropped_from_their_list(logs, one_a_axis, manifest, capsys):
+    listing = (logs / "conversations.jsonl").read_text()
+    assert main(["converse", str(one_a_axis), "--out", str(logs)]) == 2
+    assert re.search(r"lists \d+ dialogues that this command does not write", capsys.readouterr().err)
+    assert main(["pairs", "--from", "rollouts", str(manifest), "--out", str(manifest)]) == 2  # nor a manifest replaced
+    assert "segments.jsonl is there and is not a file of pairs" in capsys.readouterr().err
+    assert (logs / "conversations.jsonl").read_text() == listing
+    assert len(read_manifest(manifest)) == 12
+
+
+def test_a_log_has_the_words_that_were_heard_and_says_whose_they_are(tmp_path):
+    (segment, *others) = read_manifest(NANO_DATA / "heldout" / "segments.jsonl")[:3]
+    words = (("before", (segment.start - 0.3, segment.start - 0.1), "user"), *segment.transcript)
+    words += (("after", (segment.end + 9, segment.end + 9.2), "user"),)
+    write_manifest(tmp_path / "segments.jsonl", [replace(segment, transcript=words), *others])
+    assert main(["converse", str(tmp_path / "segments.jsonl"), "--out", str(tmp_path), "--samples", "2"]) == 0
+    entries = read_corpus(tmp_path)  # a manifest beside them is no list of recordings
+    said = [w.text for w in read_words(entries[0].path.with_suffix(".json"), entries[0].duration)[1]]
+    assert said == [text for text, _, who in segment.transcript if who == "user"]
+    assert [entry.source for entry in entries] == [str(s.recording.resolve()) for s in (segment, *others) for _ in "12"]
+    out = tmp_path / "made" / "pairs.jsonl"
+    assert pairs_command(tmp_path, out, *TIMING, "--heldout", "0.4", "--page-pairs", "0") == 0
+    source = {entry.id: entry.source for entry in entries}
+    sides = {(source[pair.provenance["dialogue"]], pair.split) for pair in read_pairs(out)}
+    assert len(sides) == len({name for name, _ in sides}) > 1  # each user on one side
+
+
+def test_what_is_in_memory_at_once_does_not_grow_with_the_recordings():
+    seconds = [600.0, 600.0, 700.0, 100.0, 4000.0, 10.0, 10.0, 10.0]
+    assert list(_batches(range(8), 3, seconds)) == [[0, 1], [2, 3], [4], [5, 6, 7]]
+    assert list(_batches([1, 4, 7], 2, None)) == [[1, 4], [7]]
+    assert list(_batches([], 2, seconds)) == []
 
 
 def test_a_judge_that_is_not_there(logs, tmp_path, capsys):

@@ -223,6 +223,15 @@ def test_every_command_runs_with_prompts(folder, persona, voice, one_of_each, tm
     assert trained.lm.dep_q == 16
     assert not torch.equal(trained.lm.text_linear.weight, persona.lm.text_linear.weight)
 
+    spoken = []
+    for name, prompt in (("plain", []), ("told", ["--prompt-voice", str(voice), "--prompt-text", TEXT])):
+        logs = tmp_path / name
+        assert main(["converse", str(manifest), "--checkpoint", str(folder), "--out", str(logs), *prompt]) == 0
+        spoken.append([path.read_bytes() for path in sorted(logs.glob("*.wav"))])
+    assert len(spoken[0]) == len(spoken[1]) == 2
+    assert spoken[0] != spoken[1]
+    assert main(["converse", str(manifest), "--prompt-voice", "gone.wav", "--out", str(tmp_path / "no")]) == 2
+
     generator = torch.Generator().manual_seed(0)
 
     def tokens(frames):

@@ -16,14 +16,15 @@ def said(*spans):
     [
         ((3.0, 4.1), True),
         ((3.0, 4.0), False),  # a second, no more: a backchannel
-        ((5.9, 8.0), True),  # the utterance is still running
-        ((6.0, 8.0), False),  # it is over
+        ((5.79, 8.0), True),  # the utterance is still running
+        ((5.8, 8.0), False),  # it is as good as over: a smooth change of turn
+        ((8.1, 9.9), False),  # "mm-hm" is no turn to be interrupted
         ((2.0, 8.0), False),  # both begin at once
         ((1.0, 8.0), False),  # the user spoke into it
     ],
 )
 def test_interruptions(reply, found):
-    user = said((2.0, 6.0), (10.0, 12.0))
+    user = said((2.0, 6.0), (8.0, 8.4), (10.0, 12.0))
     problems = find_interruptions(user, said(reply))
     assert [(p.kind, p.time, p.user, p.reply) for p in problems] == (
         [("interruption", reply[0], user[0], said(reply)[0])] if found else []

@@ -12,19 +12,26 @@ from envs.errors import InputError
 from experiments.judge.server import JudgeServer
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.speech_quality import Predictor, load_predictor, predict_quality
-from rlhf_duplex.evaluation.spoken import answered, normalised, read_items
+from rlhf_duplex.evaluation.spoken import answered, read_items, words_in
 
 RATE = 8000
 
 
 def test_normalised_match_by_hand():
-    assert normalised("The  Eiffel-Tower, in   Pâris!") == ["eiffel", "tower", "in", "paris"]
-    assert normalised("it's a dog") == ["its", "dog"]
+    assert words_in("The  Eiffel-Tower, in   Pâris!") == ["the", "eiffel", "tower", "in", "paris"]
+    assert words_in("it's a dog_") == words_in("it\u2019s a dog") == ["its", "a", "dog"]
     assert answered("I believe it is Paris, France.", ["London", "paris france"])
     assert not answered("I believe it is Parisian", ["Paris"])  # whole words
     assert not answered("France, Paris", ["Paris France"])  # in order
     assert not answered("", ["Paris"])
     assert answered("it opens at nine", ["The nine"])
+    assert answered("I would take a", ["A"])  # an article that is the whole answer
+    assert not answered("I would take the", ["A"])
+    assert answered(
+        "\u044d\u0442\u043e \u041c\u043e\u0441\u043a\u0432\u0430.", ["\u043c\u043e\u0441\u043a\u0432\u0430"]
+    )
+    assert answered("\u6771\u4eac\u3067\u3059", ["\u6771\u4eac"])  # written without spaces
+    assert not answered("\u6771\u4eac\u3067\u3059", ["\u4eac\u6771"])
 
 
 def test_nano_answers_the_questions_that_ship(tmp_path):
