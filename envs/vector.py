@@ -210,9 +210,14 @@ def _collect(finished: list[tuple[list[int], Future[list[Episode]]]], finisher: 
     return [found[row] for row in sorted(found)]
 
 
+_beside_streams: dict[torch.device, torch.cuda.Stream] = {}  # one a device: what is freed on it serves the next batch
+
+
 def _beside(finish: Callable[[], list[Episode]], actions: torch.Tensor, made: torch.cuda.Event) -> list[Episode]:
     """Call a function on a CUDA stream of its own, once its actions are there."""
-    stream = torch.cuda.Stream(actions.device)
+    if actions.device not in _beside_streams:
+        _beside_streams[actions.device] = torch.cuda.Stream(actions.device)
+    stream = _beside_streams[actions.device]
     with torch.cuda.stream(stream):
         made.wait(stream)
         actions.record_stream(stream)

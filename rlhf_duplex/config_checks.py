@@ -99,6 +99,10 @@ def check_config(config: "Config") -> None:
     if config.lora.rank and "temporal" not in config.lora.parts:
         raise InputError(f"lora.parts {config.lora.parts}: RL trains the text stream, which needs temporal")
     check_cluster(config.cluster, trainer.ahead)
+    if config.cluster.workers and config.device.startswith("cuda:"):
+        raise InputError(
+            f"device {config.device}: on Ray each process sees the GPUs that it was given: write device=cuda"
+        )
     for name in config.trackers:
         if name not in ("tensorboard", "wandb"):
             raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")

@@ -98,11 +98,14 @@ def check_before(key: str, path: Path, config: Config, held_out: list[Segment]) 
 def check_machine(config: Any) -> None:
     """Device, trackers and the checkpoint's file headers.
 
+    With workers on Ray the device is theirs: the process that starts them may stand on a machine without one.
+
     Raises:
         InputError: the first that cannot be used.
     """
+    elsewhere = getattr(getattr(config, "cluster", None), "workers", 0)
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device="cpu" if elsewhere and torch.device(config.device).type == "cuda" else config.device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"device '{config.device}' cannot be used ({first}): choose another") from error

@@ -130,7 +130,7 @@ class Sharded(DataParallel):
         for name, value in tensors.items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
             if self.rank == 0 or everywhere:
-                found[name] = full.detach().cpu()
+                found[name] = full.detach() if everywhere else full.detach().cpu()
         return found
 
     def cut(self, value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,13 @@ What is written was measured in this run, on the machine that it names. See READ
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +108,9 @@ def run(
         for batch in sizes.batches:
             results["frames"].append(frame_figures(bundle, batch, sizes.frames, top, advance))
             keep(results)
-        for batch in sizes.stock:
-            results["stock"].append(stock_figures(bundle, batch, sizes.frames, advance))
-            keep(results)
+        results["stock"] = stock_apart(arguments.small, device, dtype, sizes)
+        keep(results)
+        advance(len(sizes.stock))
         results["update"] = whole_update(bundle, sizes, top, advance)
     paper = (sizes.groups, sizes.group_size) == (PAPER_GROUPS, PAPER_GROUP_SIZE)
     if paper and not arguments.small:  # of small shapes it would say nothing
@@ -181,7 +184,28 @@ def frame_figures(
     }
 
 
-def stock_figures(bundle: Bundle, batch: int, frames: int, advance: Callable[[float], None]) -> dict[str, float]:
+def stock_apart(small: bool, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[dict[str, float]]:
+    """`stock_figures` of all batches, in a process of its own.
+
+    On a GPU Moshi's functions are compiled there, as they are without us (see `rlhf_duplex.policy`).
+    """
+    before = os.environ["NO_TORCH_COMPILE"]
+    if device.type == "cuda":
+        os.environ["NO_TORCH_COMPILE"] = ""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(_stock_rows, small, str(device), dtype, sizes).result()
+    finally:
+        os.environ["NO_TORCH_COMPILE"] = before
+
+
+def _stock_rows(small: bool, device: str, dtype: torch.dtype, sizes: Sizes) -> list[dict[str, float]]:
+    torch.set_num_threads(cores())
+    bundle = random_bundle(small, torch.device(device), dtype)
+    return [stock_figures(bundle, batch, sizes.frames) for batch in sizes.stock]
+
+
+def stock_figures(bundle: Bundle, batch: int, frames: int) -> dict[str, float]:
     """Stock `LMGen`'s frame, with its own CUDA graphs, over the second half of as many frames."""
     from moshi.models.lm import LMGen
 
@@ -202,8 +226,6 @@ def stock_figures(bundle: Bundle, batch: int, frames: int, advance: Callable[[fl
             model.step(user[frame])
         synchronise(device)
     seconds = (time.perf_counter() - started) / (frames - frames // 2)
-    lm.set_streaming_detached(False)
-    advance(1)
     return {
         "batch": batch,
         "frame_ms": 1000 * seconds,

@@ -1,10 +1,31 @@
 """A collective broadcast of the learner's weights to the rollout workers, in a process group of its own."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def _failures_raise() -> Iterator[None]:
+    """NCCL groups that are made meanwhile tell of a lost member where they are waited for, as gloo's do.
+
+    By default `wait` does not wait, and a watchdog ends the whole process, the learner with its unsaved updates. Groups
+    that overlap with computation (FSDP's) stay as they are: PyTorch reads the variable when a group is made.
+    """
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 class Broadcast:
@@ -27,7 +48,8 @@ class Broadcast:
         if self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
-            self._group: Any = dist.ProcessGroupNCCL(self._store, rank, world, options)
+            with _failures_raise():
+                self._group: Any = dist.ProcessGroupNCCL(self._store, rank, world, options)
         else:
             self._group = dist.ProcessGroupGloo(self._store, rank, world, limit)
 

@@ -151,6 +151,8 @@ def load_bundle(checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch
     folder = find_bundle(checkpoint)
     info = bundle_info(checkpoint)
     check_bundle(info)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # Moshi's own CUDA graphs are recorded on the device that is current
     mimi_weights = load_file(info.mimi_weights, device="cpu")
     codebooks = _mimi_codebooks(info)
     mimi = get_mimi(None, info.mimi_config, num_codebooks=codebooks, device=device)

@@ -13,6 +13,8 @@ from envs.cores import map_on_cores
 from envs.errors import InputError
 from rlhf_duplex.policy.decoder import SeanetDecoder, UnknownLayerError
 
+# Of all dialogues that are decoded at once on a GPU. A frame of Mimi's own size takes 1.7 MB on the way to audio.
+DECODED_FRAMES = 3000
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes the space before a word
 
 
@@ -94,7 +96,7 @@ class MimiCodec:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Agent codes `(B, agent_codebooks, T)` to audio `(B, T * frame_samples)`."""
         if self.device.type != "cpu":
-            return self.mimi.decode(codes.to(self.device))[:, 0]
+            return self._decode_in_parts(codes.to(self.device))
         # On a CPU one dialogue at a time, so that what is between two layers stays in a core's cache: outside
         # streaming mode Mimi keeps no state. What begins like another one (silence, while the user speaks) sounds
         # like it so far, for every part of Mimi is causal, and is decoded once.
@@ -107,6 +109,11 @@ class MimiCodec:
             audio[row, :known] = audio[source, :known]
             audio[row, known:] = end
         return audio
+
+    def _decode_in_parts(self, codes: torch.Tensor) -> torch.Tensor:
+        """Audio of a batch, of so many dialogues at once as memory is meant for."""
+        together = max(1, DECODED_FRAMES // codes.shape[-1])
+        return torch.cat([self.mimi.decode(part)[:, 0] for part in codes.split(together)])
 
     @torch.no_grad()
     def _decode_from(self, part: tuple[torch.Tensor, int]) -> torch.Tensor:

@@ -8,6 +8,11 @@ import torch
 Result = TypeVar("Result")
 
 
+# One for each device and for all graphs. Of high priority: PyTorch deals streams of one priority out in turns, 32 of
+# them, and another thread's must never be the one that is being recorded.
+_recording: dict[torch.device, torch.cuda.Stream] = {}
+
+
 def shared_pool(device: torch.device) -> Any:
     """Memory for graphs that never run at the same time and leave nothing for one another; None on a CPU."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -37,13 +42,15 @@ class Graphed(Generic[Result]):
             return self._function()
         if self._graph is None:
             with torch.cuda.device(self._device):
-                side = torch.cuda.Stream()
+                if self._device not in _recording:
+                    _recording[self._device] = torch.cuda.Stream(priority=-1)
+                side = _recording[self._device]
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     self._function()
                 torch.cuda.current_stream().wait_stream(side)
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, self._pool, side, capture_error_mode="thread_local"):
                     self._result = self._function()
         self._graph.replay()
         return self._result  # type: ignore[return-value]

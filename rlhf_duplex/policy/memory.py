@@ -5,7 +5,7 @@ import torch
 from rlhf_duplex.policy.moshi import MoshiPolicy
 
 ON_A_CPU = 256
-# Of what is free; the rest is for fragments, and for audio that is decoded meanwhile.
+# Of what is free; the rest is for fragments, and for audio that is decoded meanwhile (`codec.DECODED_FRAMES`).
 USED = 0.8
 # Copies of a frame's text logits in float32 that drawing holds: scaled, softmax, its sum, log-softmax and work space.
 _LOGITS = 6

@@ -294,11 +294,13 @@ class MoshiPolicy:
         initial = lm._get_initial_token().expand(len(codes), -1, -1)
         delayed = torch.cat([initial, _delay_sequence(lm.delays, codes, initial)], dim=2)
         tokens = delayed[:, :, :-1]
-        # As in `LMModel.forward_text`: audio first, then text.
+        # As in `LMModel.forward_text`: audio first, then text; added up in float32 as in `act`, and rounded once.
         inputs = lm.emb[0](tokens[:, 1])
+        dtype, inputs = inputs.dtype, inputs.float()
         for stream, table in enumerate(lm.emb[1:], start=2):
             inputs = inputs + table(tokens[:, stream])
-        hidden = PlainTransformer(lm.transformer, tokens.shape[-1]).whole(inputs + lm.text_emb(tokens[:, 0]))
+        inputs = (inputs + lm.text_emb(tokens[:, 0])).to(dtype)
+        hidden = PlainTransformer(lm.transformer, tokens.shape[-1]).whole(inputs)
         return plain_norm(lm.out_norm)(hidden[:, self._before :])
 
     def text_logits(self, codes: torch.Tensor) -> torch.Tensor:

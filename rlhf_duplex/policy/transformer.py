@@ -72,7 +72,9 @@ class PlainTransformer:
             signal = signal + self._sine[position]
         if isinstance(position, torch.Tensor):
             behind = position - torch.arange(seen, device=position.device)
-            mask = ((behind >= 0) & (behind < self._layers[0].context))[None, None, None]
+            wanted = ((behind >= 0) & (behind < self._layers[0].context))[None, None, None]
+            # What is added to the scores: attention would make it of the booleans anew in every layer.
+            mask = torch.zeros_like(wanted, dtype=signal.dtype).masked_fill(~wanted, float("-inf"))
         for layer in self._layers:
             signal = layer.step(signal, position, self._rotation, mask)
         return signal.to(inputs.dtype)

@@ -1,8 +1,10 @@
 """`rlhf-duplex warmstart`: pairs and a checkpoint in, a run folder with a better checkpoint and a report out."""
 
+import gc
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,7 +247,9 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         InputError: what the user can fix, before the model is loaded wherever that can be known.
         NonFiniteError: a loss or gradient that is not finite; nothing of that step was saved.
     """
-    machine = PartialState(cpu=config.device == "cpu")
+    # While the first process plays and scores pairs, the others wait for it: hours on a large corpus.
+    patience = {} if config.device == "cpu" else {"timeout": timedelta(days=1)}
+    machine = PartialState(cpu=config.device == "cpu", **patience)
     main = machine.is_main_process
     console = console or (make_console() if main else Console(quiet=True))
     with console.status("checking pairs, recordings and configuration"):
@@ -293,6 +297,8 @@ def _warmstart(
     stopped, step = _train(config, run_dir, bundle, train, held_out, references, resumed, console)
     if not main:
         return run_dir
+    gc.collect()  # the trainer refers to itself, and holds an optimiser as large as two models
+    torch.cuda.empty_cache()
     if stopped:
         console.print(
             f"stopped after step {step}: checkpoint in {run_dir / 'checkpoints'}, report in {build_report(run_dir)}; "

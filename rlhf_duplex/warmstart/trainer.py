@@ -249,6 +249,7 @@ class PreferenceTrainer(DPOTrainer):
                 lr=max(self.rates.values()),
                 betas=optimiser.betas,
                 weight_decay=optimiser.weight_decay,
+                fused=self.config.device.startswith("cuda"),  # else with a copy of all weights in between
             )
         return self.optimizer
 

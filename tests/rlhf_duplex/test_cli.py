@@ -166,10 +166,13 @@ def test_bad_audio(tmp_path, capsys):
         ("prompt.voice=nowhere.wav", "prompt.voice nowhere.wav is no recording of a voice"),
         ("device=abacus", "device 'abacus' cannot be used"),
         ("trackers=[abacus]", "tracker 'abacus' is not known"),
+        ("cluster.workers=1 device=cuda:1", "device cuda:1: on Ray each process sees the GPUs that it was given"),
+        ("cluster.workers=1 device=gpu", "device 'gpu' cannot be used"),
     ],
 )
 def test_bad_configuration(tmp_path, capsys, argument, message):
-    assert message in failing(capsys, f"run_dir={tmp_path / 'run'}", argument)
+    arguments = argument.split() if argument.startswith("cluster") else [argument]
+    assert message in failing(capsys, f"run_dir={tmp_path / 'run'}", *arguments)
 
 
 def test_onset_words_that_the_tokenizer_cannot_tell_apart(tmp_path, capsys):

@@ -31,6 +31,19 @@ def test_audio_is_mimis_own(nano, frames):
     assert (ours - expected).abs().max() < 1e-5
 
 
+def test_parts_of_a_batch_are_the_batch(nano, monkeypatch):
+    """As on a GPU, where memory for the way to audio bounds what is decoded at once."""
+    codes = torch.randint(0, nano.codec.audio_cardinality, (5, nano.codec.agent_codebooks, 20))
+    sizes, decode = [], nano.mimi.decode
+    monkeypatch.setattr(nano.mimi, "decode", lambda part: sizes.append(len(part)) or decode(part))
+    monkeypatch.setattr("rlhf_duplex.policy.codec.DECODED_FRAMES", 45)
+    audio = nano.codec._decode_in_parts(codes)
+    assert sizes == [2, 2, 1]
+    assert (audio - nano.codec.decode(codes)).abs().max() < 1e-5
+    monkeypatch.setattr("rlhf_duplex.policy.codec.DECODED_FRAMES", 5)  # less than one dialogue has
+    assert nano.codec._decode_in_parts(codes).shape == audio.shape
+
+
 def test_a_dialogues_audio_does_not_depend_on_its_neighbours(nano):
     codes = torch.randint(0, nano.codec.audio_cardinality, (4, nano.codec.agent_codebooks, 20))
     assert torch.equal(nano.codec.decode(codes)[2:3], nano.codec.decode(codes[2:3]))
