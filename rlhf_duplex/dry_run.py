@@ -7,6 +7,7 @@ buffers, and the evaluation of the axes.
 """
 
 import json
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from moshi.models import loaders
 from moshi.models.lm import LMModel
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from envs.errors import InputError
 from rlhf_duplex.data.pair import Pair, read_pairs
@@ -143,6 +146,37 @@ def gathered_bytes(lm: LMModel, compute_size: int) -> int:
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     rest = sum(p.numel() for p in lm.parameters()) - sum(sizes)
     return (rest + 2 * max(sizes, default=0)) * compute_size
+
+
+class _Held(TorchDispatchMode):
+    """Adds up the storages that are made and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(key)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return made
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that a function holds at once, of what it makes itself; on the meta device, too."""
+    with torch.no_grad(), _Held() as held:
+        function()
+    return held.most
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Mapping[str, torch.Tensor]) -> int:

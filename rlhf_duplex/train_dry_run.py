@@ -1,8 +1,8 @@
 """What a training run would take: memory a GPU by part, placement, and seconds a step; no weight is read.
 
 Sizes are counted on the meta device from the model's real configuration, activations with the learner's own loss. Not
-in it: what the allocator loses, communication buffers, Mimi's activations, and the suite before and after. Seconds are
-those of `rlhf_duplex.step_model`, for the machine that `dry_run` describes.
+in it: what the allocator loses, communication buffers, and the suite before and after. Seconds are those of
+`rlhf_duplex.step_model`, for the machine that `dry_run` describes.
 """
 
 from dataclasses import dataclass, replace
@@ -18,10 +18,20 @@ from rich.table import Table
 from envs.segments import read_manifest
 from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import Config
-from rlhf_duplex.dry_run import FRAME_RATE, GIB, count_memory, gathered_bytes, meta_model, model_config, saved_bytes
+from rlhf_duplex.dry_run import (
+    FRAME_RATE,
+    GIB,
+    count_memory,
+    gathered_bytes,
+    meta_model,
+    model_config,
+    peak_bytes,
+    saved_bytes,
+)
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import find_bundle, local_info
+from rlhf_duplex.policy.codec import DECODED_FRAMES
 from rlhf_duplex.policy.lora import add_lora, is_adapted
 from rlhf_duplex.policy.memory import USED
 from rlhf_duplex.policy.moshi import MoshiPolicy
@@ -99,7 +109,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
         of_worker["layers with adapters, merged"] = acting.itemsize * sum(
             p.numel() for name, p in lm.named_parameters() if is_adapted(name)
         )
-    of_worker["Mimi"] = _mimi_bytes(config)
+    of_worker["Mimi"], of_worker["audio that Mimi decodes at once"] = _mimi_bytes(config)
     cache = _cache_bytes(lm, acting)
     if not config.rollout.batch_size:  # what is left, as `dialogues_that_fit` finds it
         taken = sum(of_worker.values()) + (sum(of_learner.values()) if plan.colocated else 0)
@@ -191,11 +201,14 @@ def _cache_bytes(lm: LMModel, dtype: torch.dtype) -> int:
     return 2 * len(lm.transformer.layers) * width * dtype.itemsize
 
 
-def _mimi_bytes(config: Config) -> int:
+def _mimi_bytes(config: Config) -> tuple[int, int]:
+    """Its weights, and what it holds on the way to the audio of as many frames as are decoded at once."""
     folder = find_bundle(config.checkpoint)
     with torch.device("meta"):
         mimi = get_mimi(None, local_info(folder).mimi_config if folder is not None else None, device="meta")
-    return sum(4 * p.numel() for p in mimi.parameters())
+        codes = torch.zeros(DECODED_FRAMES // 100, mimi.num_codebooks, 100, dtype=torch.long)
+        decoding = peak_bytes(lambda: mimi.decode(codes))
+    return sum(4 * p.numel() for p in mimi.parameters()), decoding
 
 
 def _frames(config: Config) -> tuple[int, str]:

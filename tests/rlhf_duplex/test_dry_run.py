@@ -9,7 +9,7 @@ from rich.console import Console
 from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.data.pair import Pair
-from rlhf_duplex.dry_run import count_memory, dry_run, gathered_bytes, meta_model, model_config, saved_bytes
+from rlhf_duplex.dry_run import count_memory, dry_run, gathered_bytes, meta_model, model_config, peak_bytes, saved_bytes
 from rlhf_duplex.policy.bundle import load_bundle
 from rlhf_duplex.warmstart.config import load_warmstart_config, set_trained
 from rlhf_duplex.warmstart.data import PairCollator
@@ -58,6 +58,19 @@ def test_saved_bytes_by_hand():
     inputs = torch.ones(3, 10)
     # x W keeps x (3 x 10 floats; W is a weight), its square keeps x W (3 x 10 floats).
     assert saved_bytes(lambda: (inputs @ weight).square().sum(), {"w": weight}) == 2 * 3 * 10 * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_peak_bytes_by_hand(device):
+    inputs = torch.ones(3, 10, device=device)
+
+    def function():
+        wide = torch.cat([inputs] * 4)  # 480 bytes
+        square = wide * wide  # and 480; a view of it takes nothing
+        del wide
+        return square.t().sum(dim=0) + 1  # 480, 48, and 48 more
+
+    assert peak_bytes(function) == 960
 
 
 def test_gathered_bytes_by_hand(nano):
