@@ -131,7 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder or an ablation's; or several")
-    report.add_argument("--out", type=Path, help="the page to write, of several runs or an ablation")
+    report.add_argument(
+        "--out",
+        type=Path,
+        help="the page to write (default: in the run's or the ablation's folder; comparison.html of several runs)",
+    )
     add_pair_commands(commands)
     rewards = commands.add_parser(
         "rewards",
@@ -228,7 +232,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from envs.errors import InputError
     from rlhf_duplex.report.build import build_report
     from rlhf_duplex.report.comparison import build_comparison
     from rlhf_duplex.report.runs import is_ablation, read_ablation, read_runs
@@ -238,10 +241,8 @@ def _report(options: argparse.Namespace) -> int:
         print(f"wrote {build_comparison(read_runs(options.runs), options.out or Path('comparison.html'))}")
     elif is_ablation(first):
         print(f"wrote {build_comparison(read_ablation(first), options.out or first / 'report.html')}")
-    elif options.out is not None:
-        raise InputError("--out is for a comparison: the page of a single run lies in its folder")
     else:
-        print(f"wrote {build_report(first)}")
+        print(f"wrote {build_report(first, options.out)}")
     return 0
 
 

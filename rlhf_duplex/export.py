@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from envs.errors import InputError
-from rlhf_duplex.policy.bundle import check_bundle, find_bundle, load_bundle, local_info
+from rlhf_duplex.policy.bundle import NANO, check_bundle, find_bundle, load_bundle, local_info, weights_digest
 from rlhf_duplex.policy.lora import LORA_NAME, export_moshi_lora
 from rlhf_duplex.policy.personaplex import fuse_projections, is_personaplex
 
@@ -63,19 +63,20 @@ def export_lora(checkpoint: str, to: Path) -> tuple[Path, str]:
         to: a folder that does not exist yet, or is empty.
 
     Returns:
-        The folder, and the checkpoint that the adapters belong on.
+        The folder, and the checkpoint that the adapters belong on: a folder's whole path, or a hub id.
 
     Raises:
-        InputError: the run trained no adapters, or a file of it is missing or damaged.
+        InputError: the run trained no adapters, a file of it is missing or damaged, what it began from is not there any
+            more or has changed since, or a PersonaPlex, whose weights Moshi's server does not expand.
     """
     to = _free(to)
-    source = _folder(checkpoint)
+    source = _folder(checkpoint).resolve()
     path = source / LORA_NAME
     if not path.is_file():
         raise InputError(f"{source} has no {LORA_NAME}: the run trained no adapters, export it without --lora")
     try:
         run = _run_config(source)
-        rank, scaling, base = int(run.lora.rank), float(run.lora.scaling), str(run.checkpoint)
+        rank, scaling, base = int(run.lora.rank), float(run.lora.scaling), _base(source, str(run.checkpoint))
         weights = load_file(str(path))
         info = local_info(source)
         check_bundle(info)
@@ -85,6 +86,8 @@ def export_lora(checkpoint: str, to: Path) -> tuple[Path, str]:
     check_bundle(info)
     lm = info.get_moshi(device="meta", load_weight=False)
     config = info.raw_config or {}
+    if is_personaplex(config):
+        raise InputError("Moshi's server expands no PersonaPlex for adapters: export it without --lora, merged")
     with _written_whole(to) as temporary:
         export_moshi_lora(weights, lm, config, rank, scaling, temporary)
         if "mimi_config_name" in config:
@@ -94,13 +97,16 @@ def export_lora(checkpoint: str, to: Path) -> tuple[Path, str]:
     return to, base
 
 
-def server_command(base: str, config: Path, lora: Path | None = None, device: str = "cuda") -> str:
+def server_command(
+    base: str, config: Path, lora: Path | None = None, device: str = "cuda", beside: Path | None = None
+) -> str:
     """The command line that serves a bundle.
 
     Args:
         base: a bundle's folder, `nano`, or a hub id.
         config: config.json to serve with.
         lora: adapters to put on it.
+        beside: of a hub id the bundle that has Mimi and the tokenizer by the names of `config`.
         device: to serve on. Moshi's server itself needs a GPU: see `rlhf_duplex.moshi_server`.
     """
     module = "moshi.server" if device.startswith("cuda") else "rlhf_duplex.moshi_server"
@@ -108,6 +114,9 @@ def server_command(base: str, config: Path, lora: Path | None = None, device: st
     folder = find_bundle(base)
     if folder is None:
         arguments += ["--hf-repo", base]
+        if beside is not None:
+            info = local_info(beside)
+            arguments += ["--mimi-weight", info.mimi_weights, "--tokenizer", info.tokenizer]
     else:
         info = local_info(folder)
         arguments += ["--moshi-weight", info.moshi_weights, "--mimi-weight", info.mimi_weights]
@@ -127,7 +136,8 @@ def run(checkpoint: str, to: Path, lora: bool = False, dtype: str | None = None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if lora:
         folder, base = export_lora(checkpoint, to)
-        command = server_command(base, folder / "config.json", folder / LORA_NAME, device)
+        beside = _folder(checkpoint).resolve()
+        command = server_command(base, folder / "config.json", folder / LORA_NAME, device, beside)
         return [f"serve it: {command}", f"wrote {folder / LORA_NAME} (adapters, on {base})"]
     folder = export_bundle(checkpoint, to, dtype)
     config = json.loads((folder / "config.json").read_text())
@@ -184,6 +194,24 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     check_bundle(info)
     with safe_open(str(info.moshi_weights), framework="pt") as file:
         return file.get_tensor("text_linear.weight").dtype
+
+
+def _base(checkpoint: Path, base: str) -> str:
+    """What the run of a checkpoint began from, by a path that holds anywhere; as it was then."""
+    note = checkpoint.parent.parent / "provenance.json"
+    then = json.loads(note.read_text())["sha256"]["checkpoint"] if note.is_file() else None
+    try:
+        now, folder = weights_digest(base), find_bundle(base)
+    except InputError as error:
+        raise InputError(f"the adapters belong on {base}, which is not here ({error})") from error
+    if then and not now:
+        raise InputError(f"the adapters belong on the folder {base}, which is not here: export where the run was made")
+    if then and now != then:
+        raise InputError(
+            f"the adapters belong on {base} as it was when {checkpoint.parent.parent} began, and it has gone on since: "
+            "put the old one back, or export without --lora"
+        )
+    return base if folder is None or base == NANO else str(folder.resolve())
 
 
 def _run_config(checkpoint: Path) -> Any:

@@ -18,6 +18,7 @@ fits is not run again. One that was interrupted goes on with `resume=true` where
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from typing import Any
 
 from envs.errors import InputError
 from envs.files import write_text
-from rlhf_duplex.run_folder import stops
+from rlhf_duplex.run_folder import keep_old, stops
 
 RESUMED = ("train", "warmstart")  # commands that take resume=true
 COMMANDS = ("curate", "pairs", "converse", "warmstart", "train", "evaluate", "ablate", "report", "export")
@@ -140,6 +141,14 @@ def _stage(path: Path, name: str, row: Any) -> Stage:
     return Stage(name, arguments, makes, _paths(where, "needs", row.get("needs")))
 
 
+def _keep_exported(stage: Stage) -> None:
+    """Put aside what an earlier `export` of a stage wrote: that command replaces nothing by itself."""
+    if stage.arguments[0] == "export" and "--to" in stage.arguments[:-1]:
+        folder = Path(stage.arguments[stage.arguments.index("--to") + 1])
+        if folder.is_dir() and any(folder.iterdir()):
+            keep_old(folder)
+
+
 def _paths(where: str, key: str, value: Any) -> tuple[Path, ...]:
     values = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
@@ -158,7 +167,7 @@ def inputs_of(stage: Stage) -> list[Path]:
         key, _, value = argument.rpartition("=")
         if before not in _OUTPUTS and key not in ("run_dir", *_OUTPUTS) and not value.startswith("-"):
             named.append(value)
-    found = [Path(value) for value in named if value and Path(value).exists()]
+    found = [Path(value) for value in named if value and os.path.exists(value)]  # a text is too long for a Path
     if "nano" in named:
         found += [_PACKAGE / "nano", _PACKAGE / "nano_data"]
     makes = {path.resolve() for path in stage.makes}
@@ -261,6 +270,7 @@ def run_pipeline(
             _write_stamp(path, key, done=False)
         say(f"stage {stage.name}: {line}{' resume=true' if resumed else ''}")
         before = len(stops)
+        _keep_exported(stage)
         code = command(arguments)
         if len(stops) > before:
             raise InputError(f"stage '{stage.name}' was stopped: start the pipeline again; it goes on from here")

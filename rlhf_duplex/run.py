@@ -111,7 +111,7 @@ def evaluate(config: Config, console: Console | None = None) -> Path:
 
 
 def _evaluate(config: Config, inputs: Inputs, console: Console) -> Path:
-    run_dir = prepare_run_dir(config)
+    run_dir = prepare_run_dir(config, records=not config.resume)
     with running(config, inputs, run_dir, console) as trainer:
         name = f"step_{trainer.update:06d}" if config.resume else "before"
         try:

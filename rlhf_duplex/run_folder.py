@@ -23,7 +23,10 @@ from rlhf_duplex.policy.bundle import find_bundle, weights_digest
 
 
 def prepare_run_dir(
-    config: Any, check: Callable[[Any, Path], None] = check_resumed, files: Mapping[str, Path] | None = None
+    config: Any,
+    check: Callable[[Any, Path], None] = check_resumed,
+    files: Mapping[str, Path] | None = None,
+    records: bool = True,
 ) -> Path:
     """The run folder, made and writable, with the resolved configuration in it.
 
@@ -34,21 +37,23 @@ def prepare_run_dir(
         config: of the run.
         check: holds the configuration of a run that is resumed against the saved one.
         files: as in `check_data`, which is left out without them.
+        records: write the configuration; not where a run that is there is only measured.
 
     Raises:
         InputError: it cannot be written, or the run to resume had another configuration or other data.
     """
     run_dir = Path(config.run_dir)
-    folder = find_bundle(config.checkpoint)
-    if folder is not None and not config.resume and folder.resolve().is_relative_to(run_dir.resolve()):
-        raise InputError(f"checkpoint {folder} lies in the run folder {run_dir}: choose another with run_dir=...")
+    if run_dir.name in ("", ".."):  # `.`: it could not be renamed
+        run_dir = run_dir.resolve()
+    read = {"checkpoint": find_bundle(config.checkpoint), **(files or {})}
+    read["evaluation.before"] = getattr(config.evaluation, "before", None)
+    for name, path in read.items():
+        if path is not None and not config.resume and Path(path).resolve().is_relative_to(run_dir.resolve()):
+            raise InputError(f"{name} {path} lies in the run folder {run_dir}: choose another with run_dir=...")
     try:
         known = ("metrics.jsonl", "evaluation", "checkpoints")
         if not config.resume and any((run_dir / name).exists() for name in known):
-            number = 1
-            while (old := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-                number += 1
-            os.rename(run_dir, old)
+            keep_old(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".probe.{os.getpid()}"
         probe.write_text("")
@@ -57,14 +62,22 @@ def prepare_run_dir(
             check(config, run_dir / "config.yaml")
         if files is not None:
             check_data(run_dir, config.resume, config.checkpoint, files)
-        temporary = run_dir / f".config.{os.getpid()}"
-        temporary.write_text(to_yaml(config))
-        os.replace(temporary, run_dir / "config.yaml")
+        if records:
+            write_text(run_dir / "config.yaml", to_yaml(config))
     except OSError as error:
         raise InputError(
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     return run_dir
+
+
+def keep_old(folder: Path) -> Path:
+    """Rename a folder to `NAME.old-1` (or the next number), for another to take its place; gives the new path."""
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.rename(folder, old)
+    return old
 
 
 def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str, Path]) -> None:

@@ -92,6 +92,15 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"tracker '{name}' is not installed: pip install {name}")
+        if name == "wandb" and not _wandb_knows_whose():
+            raise InputError("tracker wandb has no key: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+
+
+def _wandb_knows_whose() -> bool:
+    """Whether there is anything that wandb could log in with, or it need not."""
+    files = (os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc")
+    variables = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE")
+    return any(os.environ.get(name) for name in variables) or any(Path(f).expanduser().is_file() for f in files if f)
 
 
 def _make_tracker(name: str, run_dir: Path, keep_updates: int) -> Any:
@@ -102,4 +111,4 @@ def _make_tracker(name: str, run_dir: Path, keep_updates: int) -> Any:
         # What a run that goes on writes again is not shown twice.
         purged = {"purge_step": keep_updates + 1}
         return tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(run_dir), **purged)
-    return tracking.WandBTracker(run_name=run_dir.name)
+    return tracking.WandBTracker("rlhf-duplex", name=run_dir.resolve().name)  # the project, and the run in it

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +76,8 @@ def run_command(options: argparse.Namespace) -> int:
     config = load_config(path, overrides)
     if options.suite == "heldout":
         results = _heldout(options, config)
+    elif ignored := [o for o in overrides if o.startswith(("run_dir=", "resume="))]:
+        raise InputError(f"{ignored[0]} is of --suite heldout, not of {options.suite}: say where to write with --out")
     else:
         results = _suite(options, config, checkpoint_given=any(o.startswith("checkpoint=") for o in overrides))
     return _gate(conditions, results, baseline)
@@ -209,6 +210,7 @@ def prepare_out(out: Path, used: Sequence[Path] = ()) -> Path:
         InputError: it cannot be written, holds something else, or what the evaluation reads.
     """
     from envs.errors import InputError
+    from rlhf_duplex.run_folder import keep_old
 
     inside = [path for path in used if path.resolve().is_relative_to(out.resolve())]
     if inside:
@@ -217,10 +219,7 @@ def prepare_out(out: Path, used: Sequence[Path] = ()) -> Path:
         if out.is_dir() and any(out.iterdir()):
             if not (out / _MARK).is_file():
                 raise InputError(f"{out} holds something else than an evaluation: choose another folder with --out")
-            number = 1
-            while (old := out.with_name(f"{out.name}.old-{number}")).exists():
-                number += 1
-            os.rename(out, old)
+            keep_old(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).write_text("made by rlhf-duplex evaluate\n")
     except OSError as error:

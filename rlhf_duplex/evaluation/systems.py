@@ -60,7 +60,7 @@ def parse_systems(checkpoints: Sequence[str], outputs: Sequence[str] = ()) -> tu
 def _named(argument: str) -> tuple[str, str]:
     """`NAME=PATH`, or a name from the last part of the path; a name is safe as a file's."""
     given, equals, path = argument.partition("=")
-    if not equals:
+    if not equals or Path(argument).exists():  # runs/lr=0.1
         given, path = Path(argument).name, argument
     name = re.sub(r"[^\w.-]", "_", given).strip(".")[:80]
     if not name or not path:

@@ -209,21 +209,25 @@ def local_info(folder: Path) -> CheckpointInfo:
         )
     paths: dict[str, Path | None] = {}
     for key in _NAMES:
-        name = config.get(key, None if key == "mimi_config_name" else _NAMES[key])
-        if key not in config and key in _HUB_NAMES and not (folder / str(name)).is_file():
+        given = config.get(key)  # null is as good as not there
+        name = given if given is not None or key == "mimi_config_name" else _NAMES[key]
+        if given is None and key in _HUB_NAMES and not (folder / str(name)).is_file():
             name = _HUB_NAMES[key]  # a copy of a repository of Kyutai's or NVIDIA's
         path = None if name is None else folder / Path(str(name).removeprefix("file://")).name
         if path is not None and not path.is_file():
             raise InputError(f"{config_path}: `{key}` names {path.name}, which is not in {folder}")
         paths[key] = path
-    info = CheckpointInfo.from_hf_repo(
-        str(folder),
-        moshi_weights=paths["moshi_name"],
-        mimi_weights=paths["mimi_name"],
-        tokenizer=paths["tokenizer_name"],
-        config_path=config_path,
-        mimi_config_path=paths["mimi_config_name"],
-    )
+    try:
+        info = CheckpointInfo.from_hf_repo(
+            str(folder),
+            moshi_weights=paths["moshi_name"],
+            mimi_weights=paths["mimi_name"],
+            tokenizer=paths["tokenizer_name"],
+            config_path=config_path,
+            mimi_config_path=paths["mimi_config_name"],
+        )
+    except ValueError as error:
+        raise InputError(f"{paths['mimi_config_name']} is not valid JSON ({error})") from error
     return _completed(info, folder.name)
 
 
@@ -291,13 +295,13 @@ def check_bundle(info: CheckpointInfo) -> None:
             raise InputError(f"{path} is not a .safetensors file: convert it first (pickled weights are not read)")
     try:
         lm = info.get_moshi(device="meta", load_weight=False)
-    except (TypeError, AssertionError, KeyError, ValueError) as error:
+    except (TypeError, AssertionError, KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"config.json of {Path(info.moshi_weights).parent}: {_one_line(error)}") from error
     _check_weights(lm, Path(info.moshi_weights))
     try:
         with torch.device("meta"):
             mimi = get_mimi(None, info.mimi_config, num_codebooks=_mimi_codebooks(info), device="meta")
-    except (TypeError, AssertionError, KeyError, ValueError) as error:
+    except (TypeError, AssertionError, KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"Mimi configuration of {Path(info.mimi_weights).parent}: {_one_line(error)}") from error
     _check_weights(mimi, Path(info.mimi_weights))
 

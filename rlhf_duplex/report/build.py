@@ -35,8 +35,8 @@ _SIGNS = {
 }
 
 
-def build_report(run_dir: Path) -> Path:
-    """Write `report.html` from whatever the run folder holds so far; what is missing is named in the page.
+def build_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write `report.html`, or `out`, from whatever the run folder holds so far; what is missing is named in the page.
 
     Reads `config.yaml`, `metrics.jsonl`, `evaluation/{before,after}.json` and the episodes in
     `evaluation/{before,after}/*/` (`Episode.save`, with `scores.json` beside). The page loads nothing from elsewhere.
@@ -55,7 +55,7 @@ def build_report(run_dir: Path) -> Path:
         raise InputError(f"{run_dir} holds no config.yaml, metrics.jsonl or evaluation: is it a run folder?")
     examples, choice = _examples(run_dir / "evaluation")
     return write_page(
-        run_dir / "report.html",
+        out or run_dir / "report.html",
         "template.html",
         name=run_dir.resolve().name,
         facts=_facts(config, updates, results),

@@ -252,6 +252,16 @@ def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
     assert main(["evaluate", f"run_dir={run}", f"checkpoint={run / 'checkpoints' / 'step_000001'}"]) == 2
     assert "lies in the run folder" in capsys.readouterr().err
     assert (run / "checkpoints" / "step_000001").is_dir()
+    write(run, noise())
+    for argument in (f"segments={manifest(run)}", f"evaluation.segments={manifest(run)}"):
+        assert "lies in the run folder" in failing(capsys, f"run_dir={run}", argument)
+    assert (run / "segments.jsonl").is_file()
+    assert not list(tmp_path.glob("run.old-*"))
+
+
+def test_a_suite_says_what_it_would_ignore(tmp_path, capsys):
+    assert main(["evaluate", "--suite", "live", "checkpoint=nano", f"run_dir={tmp_path}"]) == 2
+    assert f"run_dir={tmp_path} is of --suite heldout, not of live" in capsys.readouterr().err
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):

@@ -204,7 +204,6 @@ def test_runs_on_the_front_are_drawn_above_the_others():
         (["{0}/a", "{0}/a"], "the same run is given twice"),
         (["{0}/a", "{0}/c"], "have the same configuration and seed"),
         (["{0}/a", "{0}/b"], "b has no evaluation/after.json"),
-        (["{0}/a", "--out", "{0}/x.html"], "--out is for a comparison"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, capsys, arguments, message):
@@ -216,6 +215,13 @@ def test_what_cannot_be_compared(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_the_page_of_a_run_can_lie_elsewhere(tmp_path):
+    run = write_run(tmp_path / "run", values(0.5, 1, 0), values(0.5, 1, 0), episodes=False)
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()
+    assert not (run / "report.html").exists()
 
 
 def test_an_ablation_without_a_finished_run(tmp_path):

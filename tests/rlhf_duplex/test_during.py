@@ -105,6 +105,8 @@ def test_an_evaluation_of_other_settings_is_not_held_against_the_first(tmp_path,
         assert main([*arguments, changed]) == 2
         assert what in capsys.readouterr().err
     assert (tmp_path / "run" / "evaluation" / "after.json").is_file()
+    assert main(["evaluate", *arguments[1:], "evaluation.samples=2", "evaluation.episodes=0"]) == 0  # beside the run's
+    assert (tmp_path / "run" / "evaluation" / "step_000001.json").is_file()
     assert (tmp_path / "run" / "config.yaml").read_text() == config
 
 

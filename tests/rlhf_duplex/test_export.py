@@ -3,10 +3,12 @@
 import asyncio
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -20,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.export import export_bundle, export_lora, server_command
-from rlhf_duplex.policy.bundle import NANO_FOLDER, load_bundle
+from rlhf_duplex.export import run as run_export
+from rlhf_duplex.policy.bundle import NANO_FOLDER, load_bundle, weights_digest
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, add_lora, merged_weights
 from rlhf_duplex.policy.moshi import MoshiPolicy
 from rlhf_duplex.policy.sampling import Sampling
@@ -116,6 +119,50 @@ def test_lora_file_on_its_base_is_the_merged_model(adapted_run, user_audio, tmp_
     _, served = as_the_server_loads(folder, folder / LORA_NAME, NANO_FOLDER)
     user = codes_of(trained, user_audio)
     assert torch.equal(greedy_of_stock(served, user), greedy_of_ours(trained.lm, user))
+
+
+def test_adapters_of_a_hub_model_are_served_with_files_that_are_there(adapted_run, tmp_path, monkeypatch):
+    run, _ = adapted_run
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("checkpoint: kyutai/moshiko\nlora: {rank: 4, scaling: 2.0}\n")
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    line, _ = run_export(next(Path().glob("step_*")).name, tmp_path / "out", lora=True)
+    words = line.split()
+    assert words[words.index("--hf-repo") + 1] == "kyutai/moshiko"
+    for flag in ("--mimi-weight", "--tokenizer", "--config-path", "--lora-weight"):
+        assert Path(words[words.index(flag) + 1]).is_absolute()
+        assert Path(words[words.index(flag) + 1]).is_file()
+
+
+def test_adapters_go_on_what_they_were_trained_on(adapted_run, tmp_path):
+    run, _ = adapted_run
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(NANO_FOLDER, tmp_path / "base")
+    config, note = tmp_path / "run" / "config.yaml", tmp_path / "run" / "provenance.json"
+    config.write_text(f"checkpoint: {tmp_path}/base\nlora: {{rank: 4, scaling: 2.0}}\n")
+    note.write_text(json.dumps({"sha256": {"checkpoint": weights_digest(str(tmp_path / "base"))}}))
+    assert export_lora(str(tmp_path / "run"), tmp_path / "a")[1] == str(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(InputError, match=r"as it was when .*run began, and it has gone on since"):
+        export_lora(str(tmp_path / "run"), tmp_path / "b")
+    config.write_text("checkpoint: runs/gone\nlora: {rank: 4, scaling: 2.0}\n")
+    with pytest.raises(InputError, match="belong on the folder runs/gone, which is not here"):
+        export_lora(str(tmp_path / "run"), tmp_path / "b")
+    config.write_text(f"checkpoint: {tmp_path}/gone\nlora: {{rank: 4, scaling: 2.0}}\n")
+    with pytest.raises(InputError, match="gone, which is not here"):
+        export_lora(str(tmp_path / "run"), tmp_path / "b")
+    step = next((tmp_path / "run" / "checkpoints").glob("step_*"))
+    told = json.loads((step / "config.json").read_text())
+    schedule = told["depformer_weights_per_step_schedule"] * 2
+    (step / "config.json").write_text(
+        json.dumps(told | {"dep_q": told["n_q"], "depformer_weights_per_step_schedule": schedule})
+    )
+    config.write_text("checkpoint: nano\nlora: {rank: 4, scaling: 2.0}\n")
+    note.unlink()
+    with pytest.raises(InputError, match="PersonaPlex for adapters: export it without --lora"):
+        export_lora(str(tmp_path / "run"), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_dtype_on_disk_and_bits_kept(tmp_path):

@@ -177,6 +177,35 @@ def test_what_export_writes_is_no_input(setting):
     assert inputs_of(stage) == [folder]
 
 
+def test_an_export_is_made_again_and_the_older_one_kept(tmp_path):
+    (tmp_path / "pipeline.yaml").write_text(
+        f"run_dir: {tmp_path}/run\nstages:\n  served:\n    run: export {tmp_path}/bundle --to ${{run_dir}}/served\n"
+        "    makes: ${run_dir}/served/config.json\n"
+    )
+    (tmp_path / "bundle").mkdir()
+
+    def export(arguments):
+        folder = Path(arguments[-1])
+        if folder.exists():
+            return 2  # as `export` does: it replaces nothing
+        shutil.copytree(tmp_path / "bundle", folder)
+        return 0
+
+    for text in ("{}", "{ }", "{  }"):
+        (tmp_path / "bundle" / "config.json").write_text(text)
+        pipeline = load_pipeline(tmp_path / "pipeline.yaml", [])
+        pipeline.run_dir.mkdir(exist_ok=True)
+        assert run_pipeline(pipeline, export, lambda line: None).ran == ["served"]
+        assert (tmp_path / "run" / "served" / "config.json").read_text() == text
+    assert (tmp_path / "run" / "served.old-2" / "config.json").read_text() == "{ }"
+
+
+def test_a_long_text_is_no_file():
+    role = "prompt.text=" + "You are a wise and friendly teacher. " * 20
+    assert inputs_of(Stage("train", ("train", role, "run_dir=x"), (Path("x"),))) == []
+    assert stage_hash(Stage("train", ("train", role), ()))
+
+
 def test_a_stage_that_makes_nothing_is_an_error(setting):
     folder, _, _ = setting
     (folder / "pipeline.yaml").write_text(
