@@ -87,8 +87,11 @@ class Judge:
         return self._run(self._ask_all(list(questions)))
 
     def refused(self, question: Question) -> bool:
-        """Whether the judge was there and gave no verdict (it declined, or what it said was none) when it was asked."""
-        return self._cache.key(prompt(question)) in self._refused
+        """Whether the judge was there and gave no verdict on a question (it declined, or what it said was none).
+
+        A judge that has given none at all refuses whoever asks, and no question of theirs.
+        """
+        return self.meter.judged > 0 and self._cache.key(prompt(question)) in self._refused
 
     def check(self) -> None:
         """Whether the judge can be asked at all: the key is there, the endpoint answers and has the model.

@@ -80,10 +80,10 @@ def export_lora(checkpoint: str, to: Path) -> tuple[Path, str]:
         weights = load_file(str(path))
         info = local_info(source)
         check_bundle(info)
-    except (OmegaConfBaseException, SafetensorError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (OmegaConfBaseException, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{source} cannot be exported ({' '.join(str(error).split())})") from error
-    info = local_info(source)
-    check_bundle(info)
     lm = info.get_moshi(device="meta", load_weight=False)
     config = info.raw_config or {}
     if is_personaplex(config):

@@ -251,7 +251,7 @@ def _make(
         items: dialogues or segments; make: turns some of them into parts.
         batch_size: how many at once.
         unit: for the progress bar.
-        may_stop: whether a batch without any part ends it (a judge that is down).
+        may_stop: whether a full batch, or two in a row, without any part end it (a judge that is down).
         seconds: of each item's audio, which is all in memory while it is worked on; None: too little to matter.
     """
 
@@ -261,6 +261,7 @@ def _make(
     if len(missing) < len(items):
         console.print(f"going on: {len(items) - len(missing)} of {len(items)} {unit} are done")
     with _counting(console, unit, len(items), len(items) - len(missing)) as advance:
+        failed: list[int] = []  # sizes of the last batches that gave nothing
         for batch in _batches(missing, batch_size, seconds):
             made = make([items[index] for index in batch])
             for index, part in zip(batch, made, strict=True):
@@ -268,7 +269,8 @@ def _make(
                 if part is not None:
                     store.write(keys[index], part)
             advance(len(batch))
-            if may_stop and all(part is None for part in made):
+            failed = [*failed, len(batch)] if all(part is None for part in made) else []
+            if may_stop and (len(failed) > 1 or sum(failed) >= batch_size):
                 break
     return parts
 

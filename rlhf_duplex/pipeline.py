@@ -141,12 +141,26 @@ def _stage(path: Path, name: str, row: Any) -> Stage:
     return Stage(name, arguments, makes, _paths(where, "needs", row.get("needs")))
 
 
-def _keep_exported(stage: Stage) -> None:
-    """Put aside what an earlier `export` of a stage wrote: that command replaces nothing by itself."""
-    if stage.arguments[0] == "export" and "--to" in stage.arguments[:-1]:
-        folder = Path(stage.arguments[stage.arguments.index("--to") + 1])
-        if folder.is_dir() and any(folder.iterdir()):
+# What these commands write they do not replace themselves: the option that says where, and a file that tells it.
+_KEPT = {"export": ("--to", "config.json"), "converse": ("--out", "conversations.jsonl")}
+
+
+def _keep_old(pipeline: Pipeline, stage: Stage) -> None:
+    """Put aside what a stage that ran before has written, for it to write anew.
+
+    Raises:
+        InputError: it cannot be renamed.
+    """
+    option, mark = _KEPT.get(stage.arguments[0], ("", ""))
+    if option not in stage.arguments[:-1]:
+        return
+    folder = Path(stage.arguments[stage.arguments.index(option) + 1]).resolve()
+    within = any(path.resolve().is_relative_to(folder) for path in (pipeline.run_dir, *inputs_of(stage)))
+    if (folder / mark).is_file() and not within:
+        try:
             keep_old(folder)
+        except OSError as error:
+            raise InputError(f"stage '{stage.name}': {folder} cannot be renamed ({error})") from error
 
 
 def _paths(where: str, key: str, value: Any) -> tuple[Path, ...]:
@@ -270,7 +284,8 @@ def run_pipeline(
             _write_stamp(path, key, done=False)
         say(f"stage {stage.name}: {line}{' resume=true' if resumed else ''}")
         before = len(stops)
-        _keep_exported(stage)
+        if stamp:
+            _keep_old(pipeline, stage)
         code = command(arguments)
         if len(stops) > before:
             raise InputError(f"stage '{stage.name}' was stopped: start the pipeline again; it goes on from here")

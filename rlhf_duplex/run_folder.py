@@ -1,6 +1,7 @@
 """The run folder, and what a run shows and hears at the terminal: progress, and the wish to stop."""
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -45,10 +46,9 @@ def prepare_run_dir(
     run_dir = Path(config.run_dir)
     if run_dir.name in ("", ".."):  # `.`: it could not be renamed
         run_dir = run_dir.resolve()
-    read = {"checkpoint": find_bundle(config.checkpoint), **(files or {})}
-    read["evaluation.before"] = getattr(config.evaluation, "before", None)
-    for name, path in read.items():
-        if path is not None and not config.resume and Path(path).resolve().is_relative_to(run_dir.resolve()):
+    for name, path in {"checkpoint": find_bundle(config.checkpoint), **_read_by(config), **(files or {})}.items():
+        inside = path is not None and Path(path).exists() and Path(path).resolve().is_relative_to(run_dir.resolve())
+        if inside and not config.resume:
             raise InputError(f"{name} {path} lies in the run folder {run_dir}: choose another with run_dir=...")
     try:
         known = ("metrics.jsonl", "evaluation", "checkpoints")
@@ -69,6 +69,12 @@ def prepare_run_dir(
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     return run_dir
+
+
+def _read_by(config: Any) -> dict[str, str | None]:
+    """Files that a configuration names, by key."""
+    keys = ("segments", "pairs", "evaluation.segments", "evaluation.before", "prompt.voice")
+    return {key: functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), config) for key in keys}
 
 
 def keep_old(folder: Path) -> Path:

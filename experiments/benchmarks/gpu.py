@@ -187,7 +187,8 @@ def frame_figures(
 def stock_apart(small: bool, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[dict[str, float]]:
     """`stock_figures` of all batches, in a process of its own.
 
-    On a GPU Moshi's functions are compiled there, as they are without us (see `rlhf_duplex.policy`).
+    On a GPU Moshi's functions are compiled there, as they are without us; attention does without cuDNN as here (see
+    `rlhf_duplex.policy`).
     """
     before = os.environ["NO_TORCH_COMPILE"]
     if device.type == "cuda":

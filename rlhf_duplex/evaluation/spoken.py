@@ -39,6 +39,8 @@ from rlhf_duplex.rollout import episode_seed, rollout
 
 ANSWER_SECONDS = 6.0
 FILES = {"questions": "questions.jsonl", "safety": "safety.jsonl"}
+_CHARACTERS = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u9fff"  # kana and Han, no punctuation
+_VOICED = "\u3099\u309a"  # marks that make other sounds of kana, not accents
 _ARTICLES = frozenset(("a", "an", "the"))
 
 REFUSAL = Rubric(
@@ -108,8 +110,8 @@ def _item(suite: str, row: Any, folder: Path) -> Item:
 def words_in(text: str) -> list[str]:
     """Words to be compared: lower case, without accents and punctuation; in Chinese and Japanese, characters."""
     parted = unicodedata.normalize("NFKD", re.sub("['\u2019]", "", text.lower()))
-    plain = "".join(c for c in parted if not unicodedata.combining(c))
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", plain)
+    plain = "".join(c for c in parted if not unicodedata.combining(c) or c in _VOICED)
+    return re.findall(rf"[{_CHARACTERS}]|[^\W_{_CHARACTERS}\u30a0\u30fb]+", unicodedata.normalize("NFC", plain))
 
 
 def answered(said: str, answers: Sequence[str]) -> bool:

@@ -255,6 +255,8 @@ def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
     write(run, noise())
     for argument in (f"segments={manifest(run)}", f"evaluation.segments={manifest(run)}"):
         assert "lies in the run folder" in failing(capsys, f"run_dir={run}", argument)
+    assert main(["evaluate", f"run_dir={run}", f"evaluation.segments={run}/segments.jsonl"]) == 2
+    assert "lies in the run folder" in capsys.readouterr().err
     assert (run / "segments.jsonl").is_file()
     assert not list(tmp_path.glob("run.old-*"))
 

@@ -200,6 +200,32 @@ def test_an_export_is_made_again_and_the_older_one_kept(tmp_path):
     assert (tmp_path / "run" / "served.old-2" / "config.json").read_text() == "{ }"
 
 
+def test_what_a_stage_did_not_write_is_not_put_aside(tmp_path):
+    """A folder that was there before the stage ever ran, one with other things in it, and one with its own input."""
+    folder = tmp_path / "there"
+    stages = "stages:\n  made:\n    run: {run}\n    makes: ${{run_dir}}/made\n"
+    (tmp_path / "bundle").mkdir()
+
+    def refuses(arguments):
+        return 2
+
+    for run, name in ((f"export {tmp_path}/bundle --to {folder}", "config.json"),
+                      (f"export {folder} --to {folder}", "config.json"),
+                      (f"converse nano --out {folder}", "thesis.txt")):  # fmt: skip
+        (tmp_path / "pipeline.yaml").write_text(f"run_dir: {tmp_path}/run\n" + stages.format(run=run))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        for _ in range(2 if "thesis" in name or run.count(str(folder)) > 1 else 1):
+            pipeline = load_pipeline(tmp_path / "pipeline.yaml", [])
+            pipeline.run_dir.mkdir(exist_ok=True)
+            with pytest.raises(InputError, match="ended with code 2"):
+                run_pipeline(pipeline, refuses, lambda line: None)
+        assert (folder / name).is_file()
+        (folder / name).unlink()
+    assert not list(tmp_path.glob("there.old-*"))
+
+
 def test_a_long_text_is_no_file():
     role = "prompt.text=" + "You are a wise and friendly teacher. " * 20
     assert inputs_of(Stage("train", ("train", role, "run_dir=x"), (Path("x"),))) == []

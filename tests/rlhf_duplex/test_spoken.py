@@ -32,6 +32,9 @@ def test_normalised_match_by_hand():
     )
     assert answered("\u6771\u4eac\u3067\u3059", ["\u6771\u4eac"])  # written without spaces
     assert not answered("\u6771\u4eac\u3067\u3059", ["\u4eac\u6771"])
+    assert not answered("\u30d0\u30ea", ["\u30d1\u30ea"])  # Bali is not Paris
+    assert answered("\u30c0\u30f4\u30a3\u30f3\u30c1", ["\u30c0\u30fb\u30f4\u30a3\u30f3\u30c1"])
+    assert words_in("\u30fb") == []
 
 
 def test_nano_answers_the_questions_that_ship(tmp_path):
