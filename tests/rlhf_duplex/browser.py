@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -78,9 +80,12 @@ def visit(path: Path, script: str, screenshot: Path | None = None, seconds: floa
     Returns:
         `value` of the script, `errors` (console errors and exceptions), `requests` that leave the page.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # Its children, killed with it, may still be writing when the folder goes.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             port_file = Path(folder) / "DevToolsActivePort"
             until = time.monotonic() + seconds
@@ -91,7 +96,7 @@ def visit(path: Path, script: str, screenshot: Path | None = None, seconds: floa
             port = int(port_file.read_text().splitlines()[0])
             return asyncio.run(asyncio.wait_for(_visit(port, path, script, screenshot), seconds))
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
 
 

@@ -134,7 +134,8 @@ def test_adapters_of_a_hub_model_are_served_with_files_that_are_there(adapted_ru
         assert Path(words[words.index(flag) + 1]).is_file()
 
 
-def test_adapters_go_on_what_they_were_trained_on(adapted_run, tmp_path):
+def test_adapters_go_on_what_they_were_trained_on(adapted_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whose folder `runs` is not there
     run, _ = adapted_run
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(NANO_FOLDER, tmp_path / "base")
