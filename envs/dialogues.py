@@ -77,15 +77,15 @@ class UserSides:
     Attributes:
         codec, detector: of the environment.
         lead_in: seconds of silence before everything (3 s for Moshi in arXiv 2606.11167).
-        capacity: how many to keep; the ones unused for longest go first.
-        store: keeps the codes of segments without context on disk. Context is drawn anew for every episode and never
+        capacity: bytes of audio to keep; those unused for longest go first.
+        store: keeps the codes of segments without context on disk. Context is drawn anew for every group and never
             comes back, so that its codes are not worth keeping.
     """
 
     codec: Codec
     detector: SpeechDetector
     lead_in: float = 3.0
-    capacity: int = 2048
+    capacity: int = 2**30
     store: CodeStore | None = None
     _kept: "OrderedDict[UserKey, UserSide]" = field(default_factory=OrderedDict)
 
@@ -105,9 +105,16 @@ class UserSides:
         for key, (segment, _) in zip(keys, requests, strict=True):
             self._kept.move_to_end(key)
             found.append(replace(self._kept[key], segment=segment))
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+        self._forget(set(keys))
         return found
+
+    def _forget(self, current: "set[UserKey]") -> None:
+        """Drop what does not come back, or is too much: a group's context is asked for again in its next batch alone."""
+        for key in [key for key in self._kept if key[-1] and key not in current]:
+            del self._kept[key]
+        size = sum(side.audio.nbytes for side in self._kept.values())
+        while size > self.capacity:
+            size -= self._kept.popitem(last=False)[1].audio.nbytes
 
     def _encode(self, request: tuple[np.ndarray, bool]) -> torch.Tensor:
         """Codes `(user_codebooks, T)` of audio `(N,)`, and whether the store may keep them."""

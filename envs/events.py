@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from envs.episode import recorded_episode
+from envs.errors import InputError
 from envs.segments import Segment
 from envs.speech import SpeechDetector
-from envs.utterances import MAX_PAUSE_SECONDS, utterances
+from envs.utterances import inter_pausal_units, utterances
 
 BACKCHANNEL_SECONDS = 1.0
 EVENT_OF_AXIS = {
@@ -16,9 +17,7 @@ EVENT_OF_AXIS = {
 }
 
 
-def complete_events(
-    segments: list[Segment], detector: SpeechDetector, max_pause: float = MAX_PAUSE_SECONDS
-) -> list[Segment]:
+def complete_events(segments: list[Segment], detector: SpeechDetector) -> list[Segment]:
     """Segments that each have the event which their axis is scored by.
 
     What is missing is read off the recording with the definitions of arXiv 2606.11167, section 3: the user's
@@ -28,16 +27,14 @@ def complete_events(
     Raises:
         InputError: the audio of such a segment cannot be read, or holds no user speech to read the event off.
     """
-    return [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector, max_pause) for s in segments]
+    return [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector) for s in segments]
 
 
-def _complete(segment: Segment, detector: SpeechDetector, max_pause: float) -> Segment:
-    from envs.errors import InputError
-
+def _complete(segment: Segment, detector: SpeechDetector) -> Segment:
     episode = recorded_episode(segment, detector)
     shift = segment.start  # the episode of the recording starts at the segment's start
-    user = utterances(episode.user_speech, max_pause)
-    agent = utterances(episode.agent_speech, max_pause)
+    # Speech detection to inter-pausal units to utterances, as in scoring: a detector splits at shorter silences.
+    user, agent = (utterances(inter_pausal_units(side)) for side in (episode.user_speech, episode.agent_speech))
     if not user:
         raise InputError(
             f"segment '{segment.id}' of {segment.recording} holds no user speech on channel {segment.user_channel}: "

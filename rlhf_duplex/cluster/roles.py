@@ -4,9 +4,10 @@ A unit is what a worker plays at once. An episode depends on its own segment, se
 who plays a unit, nor how often it is begun again after somebody died.
 """
 
+import itertools
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,19 +105,38 @@ def make_units(
     """Cut what is to be played into units of at most `batch_size` episodes (0: as many as there are workers).
 
     Long dialogues come first and together, since a batch takes as many frames as its longest; the units that workers
-    play side by side are of like lengths.
+    play side by side are of like lengths. The episodes of one segment go to one worker where that keeps all busy: each
+    worker that plays some reads, detects and encodes the user's side.
     """
     lengths = [s.duration + min(context, s.start) for s, context in zip(segments, contexts, strict=True)]
     order = sorted(range(len(segments)), key=lambda i: -lengths[i])
-    together = min(len(order), batch_size * max(1, workers)) if batch_size else len(order)
+    workers = max(1, workers)
+    together = min(len(order), batch_size * workers) if batch_size else len(order)
     units = []
     for start in range(0, len(order), max(1, together)):
         rows = order[start : start + together]
-        for first in range(min(max(1, workers), len(rows))):
-            own = rows[first :: max(1, workers)]
+        for own in _dealt(rows, [(segments[i].id, contexts[i]) for i in rows], workers):
             chosen, drawn = tuple(segments[i] for i in own), tuple(seeds[i] for i in own)
             units.append(Unit(tuple(own), chosen, drawn, tuple(contexts[i] for i in own), audio, live))
     return units
+
+
+def _dealt(rows: Sequence[int], sides: Sequence[Hashable], workers: int) -> list[list[int]]:
+    """The rows of each worker that gets any, as many for each (or one more).
+
+    Neighbours with the same user's side are a group. As many whole groups as all workers get alike are dealt like
+    cards; what is left is cut into equal parts.
+    """
+    keyed = zip(sides, rows, strict=True)
+    groups = [[row for _, row in group] for _, group in itertools.groupby(keyed, key=lambda pair: pair[0])]
+    alike = len({len(group) for group in groups}) == 1
+    whole = len(groups) // workers * workers if alike else 0
+    rest = [row for group in groups[whole:] for row in group]
+    own = []
+    for worker in range(workers):
+        dealt = [row for group in groups[worker:whole:workers] for row in group]
+        own.append(dealt + rest[worker * len(rest) // workers : (worker + 1) * len(rest) // workers])
+    return [part for part in own if part]
 
 
 def in_order(played: Sequence[Played], count: int) -> Rollouts:

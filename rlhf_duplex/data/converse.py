@@ -73,7 +73,7 @@ def converse(
         chosen = list(segments[first : first + max(1, batch_size // samples)])
         with tempfile.TemporaryDirectory() as folder:
             longer = [_longer(s, tail, Path(folder) / f"{i}.flac") for i, s in enumerate(chosen)]
-            users = UserSides(streams.codec, _NoSpeech(), lead_in, capacity=len(chosen))
+            users = UserSides(streams.codec, _NoSpeech(), lead_in)
             env = DuplexDialogueVectorEnv(longer, streams.codec, _NoSpeech(), user_sides=users)
             keys = [int.from_bytes(hashlib.sha256(s.id.encode()).digest()[:4], "big") for s in chosen]
             seeds = [episode_seed(seed, key, member) for key in keys for member in range(samples)]

@@ -204,6 +204,33 @@ def test_context_is_what_the_recording_has_before_the_segment(nano, one_of_each)
     assert with_context.audio[5 * nano.codec.frame_samples :].any()
 
 
+def test_users_are_kept_while_they_come_back_and_there_is_room(nano, one_of_each):
+    heard = []
+
+    class Counting(EnergyDetector):
+        def detect(self, clips, sample_rate):
+            heard.append(len(clips))
+            return super().detect(clips, sample_rate)
+
+    first, second, third = (replace(s, start=s.start + 1.0, events={}) for s in one_of_each[:3])
+    users = UserSides(nano.codec, Counting(), 0.4)
+    users.get([(first, 0.0), (second, 0.5)])
+    users.get([(second, 0.5), (third, 0.0)])  # the next batch of a group
+    users.get([(first, 0.0), (third, 0.0)])
+    assert heard == [2, 1]
+    users.get([(second, 0.5)])  # its context was another group's since
+    assert heard == [2, 1, 1]
+
+    size = users.get([(first, 0.0)])[0].audio.nbytes
+    small = UserSides(nano.codec, Counting(), 0.4, capacity=size)
+    heard.clear()
+    given = small.get([(second, 0.0), (first, 0.0)])
+    assert [len(user.audio) > 0 for user in given] == [True, True]  # more than is kept, all the same
+    small.get([(first, 0.0)])
+    small.get([(second, 0.0)])
+    assert heard == [2, 1]
+
+
 def test_words_have_the_times_of_their_frames(nano, one_of_each):
     user = UserSides(nano.codec, EnergyDetector(), 0.4).get([(one_of_each[0], 0.0)])
     text = torch.full((1, 12), 3)

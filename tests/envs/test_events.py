@@ -79,3 +79,11 @@ def test_true_backchannels_are_whole_utterances_of_at_most_a_second(segment):
     assert np.allclose(
         completed(segment("backchannel", [(2, 11)], agent))["true_backchannels"], [[6, 6.9]], atol=TOLERANCE
     )
+
+
+def test_a_hole_shorter_than_that_between_units_is_neither_a_pause_nor_a_second_backchannel(segment):
+    # 0.15 s: the detector hears two stretches, which are one inter-pausal unit.
+    user, agent = [(2, 4), (4.15, 6)], [(3, 3.2), (3.35, 3.7)]
+    assert completed(segment("pause_handling", user, []))["pauses"] == []
+    found = completed(segment("backchannel", [(2, 11)], agent))["true_backchannels"]
+    assert np.allclose(found, [[3.0, 3.7]], atol=TOLERANCE)

@@ -102,7 +102,7 @@ def run_benchmark(
         if root is None:
             root = written
             policy, codec = load_policy(system, config)
-            users = UserSides(codec, detector, config.context.lead_in, capacity=config.rollout.batch_size)
+            users = UserSides(codec, detector, config.context.lead_in)
             env = DuplexDialogueVectorEnv([s.segment() for s in samples], codec, detector, user_sides=users)
             frames = sum(sample.seconds + config.context.lead_in for sample in samples) * codec.frame_rate
             with progress(console, f"playing {benchmark.suite} to {system.name}", frames) as advance:
