@@ -20,6 +20,7 @@ from envs.errors import InputError
 from envs.frames import frame_at, frames_in, samples_in
 from envs.segments import Segment
 from envs.speech import Interval, SpeechDetector
+from envs.utterances import clip_intervals
 
 DECODE_BATCH = 16
 
@@ -179,7 +180,7 @@ def finish_dialogues(
                 user_audio=user.audio[: samples_in(seconds, codec.sample_rate)],
                 agent_audio=clip,
                 sample_rate=codec.sample_rate,
-                user_speech=user.speech,
+                user_speech=clip_intervals(user.speech, 0.0, seconds),
                 agent_speech=intervals,
                 duration=seconds,
                 scored_from=user.scored_from,

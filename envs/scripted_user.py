@@ -15,6 +15,7 @@ import torch
 
 from envs.codec import Codec
 from envs.ear import Ear
+from envs.errors import InputError
 from envs.frames import frames_in, samples_in
 from envs.segments import Segment
 from envs.speech import SpeechDetector
@@ -241,6 +242,9 @@ class ScriptedUser:
         stream: the same codec frame by frame; it is this user's alone.
         detector: Silero, with which the agent is heard.
         lead_in: seconds of silence before the first words.
+
+    Raises:
+        InputError: a lead-in of less than a frame.
     """
 
     def __init__(
@@ -254,7 +258,9 @@ class ScriptedUser:
         self._scripts = {script.id: script for script in scripts}
         self._codec, self._stream = codec, stream
         self._ear = Ear(detector, codec.sample_rate)
-        self._silent_frames = max(1, frames_in(lead_in, codec.frame_rate))  # as the environment counts them
+        self._silent_frames = frames_in(lead_in, codec.frame_rate)
+        if self._silent_frames < 1:
+            raise InputError(f"lead_in must be at least a frame, {1 / codec.frame_rate:g} s, found {lead_in!r}")
 
     def begin(self, dialogues: Sequence[Segment]) -> torch.Tensor:
         """See `LiveUser.begin`."""

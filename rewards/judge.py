@@ -16,6 +16,7 @@ import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -50,6 +51,28 @@ class _Again(Exception):
     def __init__(self, why: str, wait: float | None = None, answered: bool = False) -> None:
         super().__init__(why)
         self.wait, self.answered = wait, answered
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, client: Any, process: int) -> "Future[None] | None":
+    """Cancel what is not answered yet and end the thread of `_serve`, unless it is another process'."""
+
+    async def end() -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
+
+    if process != os.getpid() or loop.is_closed():
+        return None
+    ended = asyncio.run_coroutine_threadsafe(end(), loop)
+    ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    return ended
 
 
 class Judge:
@@ -108,9 +131,10 @@ class Judge:
         """End the judge's thread; what is not answered yet is cancelled. The next question starts another."""
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is not None and self._process == os.getpid():
-            asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result(10)
-            loop.call_soon_threadsafe(loop.stop)
+        if loop is not None and self._forgotten.detach():
+            ended = _end(loop, self._client, self._process)
+            if ended is not None:
+                ended.result(10)
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
         with self._lock:
@@ -139,16 +163,12 @@ class Judge:
         self._structured = True
         self._pending: dict[str, asyncio.Future[Verdict | None]] = {}
         self._jitter = random.Random()  # not the global one, whose draws belong to whoever seeded it
-        threading.Thread(target=self._loop.run_forever, name="judge", daemon=True).start()
+        threading.Thread(target=_serve, args=(self._loop,), name="judge", daemon=True).start()
+        # Nobody tells an axis that its run is over.
+        self._forgotten = weakref.finalize(self, _end, self._loop, self._client, self._process)
+        self._forgotten.atexit = False
 
     # From here on everything runs on the judge's own thread.
-
-    async def _shut_down(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.close()
 
     async def _ask_all(self, questions: list[Question]) -> list[Verdict | None]:
         return list(await asyncio.gather(*(self._ask(question) for question in questions)))

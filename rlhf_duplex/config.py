@@ -318,5 +318,6 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         InputError: no such file, not YAML, an unknown key, a value of the wrong type or out of range.
     """
     result: Config = load_structured(Config, path, overrides, replaced=("rewards",))
+    result.rewards = {name: {} if options is None else options for name, options in result.rewards.items()}
     check_config(result)
     return result

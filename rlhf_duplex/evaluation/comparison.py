@@ -5,10 +5,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
-from rlhf_duplex.evaluation.statistics import holm, permutation_test
-
-LEVEL = 0.05
+from rlhf_duplex.evaluation.metrics import direction
+from rlhf_duplex.evaluation.statistics import LEVEL, can_tell, holm, permutation_test
 
 
 class Against(NamedTuple):
@@ -25,7 +23,7 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, st
     """By (system, axis, metric), every system but the first against the first, by the paired permutation test.
 
     `better` or `worse` where p, corrected by Holm over all tests that were made, is below 0.05; `too few segments`
-    below 5; `no change` else. Metrics that the two share no segment of are absent.
+    where so few cannot tell; `no change` else. Metrics that the two share no segment of are absent.
 
     Args:
         results: by name, as `write_results` writes them.
@@ -39,7 +37,7 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, st
                 test = permutation_test(before, after)
                 if test is not None:
                     tests[name, axis, metric] = test
-    asked = [key for key, test in tests.items() if test.n >= MIN_SEGMENTS]
+    asked = [key for key, test in tests.items() if can_tell(test.n)]
     corrected = dict(zip(asked, holm([tests[key].p for key in asked]), strict=True))
     found = {}
     for key, test in tests.items():
@@ -47,7 +45,7 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, st
         p = corrected.get(key, 1.0)
         sign = direction(axis, metric)
         word = "no change"
-        if test.n < MIN_SEGMENTS:
+        if not can_tell(test.n):
             word = "too few segments"
         elif p < LEVEL:
             word = "changed" if sign == 0 else "better" if (test.difference > 0) == (sign > 0) else "worse"

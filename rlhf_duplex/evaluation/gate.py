@@ -15,10 +15,9 @@ from typing import Any
 
 from envs.errors import InputError
 from rlhf_duplex.evaluation.metrics import DIRECTION, check_metric, direction, other_options
-from rlhf_duplex.evaluation.statistics import permutation_test
+from rlhf_duplex.evaluation.statistics import LEVEL, can_tell, permutation_test
 
 EXIT_CODE = 3
-LEVEL = 0.05
 _THRESHOLD = re.compile(r"\s*([\w-]+)\.(\w+?)(?:\.(mean|low|high))?\s*(>=|<=|>|<)\s*([-+\d.eE]+)\s*")
 _WORSE = re.compile(r"\s*([\w-]+)\.(\w+)\s+worse\s*")
 _HOLDS = {
@@ -155,6 +154,6 @@ def _worse(condition: Condition, result: Mapping[str, Any], baseline: Mapping[st
     changed = f"{condition.text}: {axis}.{metric} changed by {test.difference:+.3f} (p {test.p:.3f}, n {test.n})"
     if test.difference * direction(axis, metric) >= 0:
         return None
-    if 2 * 0.5**test.n >= LEVEL:  # the least p that so few can give
+    if not can_tell(test.n):
         return f"{changed}: too few shared segments to tell whether by chance"
     return changed if test.p < LEVEL else None

@@ -87,7 +87,7 @@ def run_live(
         with progress(
             console, f"talking with {system.name}", len(chosen) * (seconds + lead_in) * codec.frame_rate
         ) as advance:
-            size = min(config.rollout.batch_size, 32)
+            size = min(config.rollout.batch_size or DIALOGUES, DIALOGUES)  # each has a codec's state, too
             episodes = rollout(policy, env, chosen, seeds, [0.0] * len(chosen), batch_size=size, on_frame=advance)
         values = live_values(episodes)
         failed = 0

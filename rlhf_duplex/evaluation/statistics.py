@@ -68,6 +68,15 @@ class Permutation(NamedTuple):
     n: int
 
 
+LEVEL = 0.05
+"""Below it a difference is beyond chance."""
+
+
+def can_tell(segments: int) -> bool:
+    """Whether `permutation_test` over so many segments can give a p below `LEVEL` at all: its least is 2 / 2^n."""
+    return 2 * 0.5**segments < LEVEL
+
+
 def permutation_test(
     before: Mapping[str, float], after: Mapping[str, float], draws: int = 10000, seed: int = 0
 ) -> Permutation | None:

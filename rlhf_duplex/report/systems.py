@@ -1,6 +1,7 @@
 """The page of `evaluate`: checkpoints side by side, their distributions, and the worst cases to look at and hear."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,19 +121,27 @@ def _axes(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cases(out: Path, names: list[str]) -> list[dict[str, Any]]:
-    """The worst cases of every system, those of an axis together, the worst first, as many as the page can hold."""
+    """The worst cases of every system, those of an axis together, the worst first, as many as the page can hold.
+
+    Where not all have room, the worst of every system and axis come before the second worst of any.
+    """
     found = [(name, case) for name in names for case in load_cases(out / "cases" / name)]
     axes = list(dict.fromkeys(case.axis for _, case in found))
     found.sort(key=lambda pair: (axes.index(pair[1].axis), -pair[1].badness, pair[1].name))
-    shown: list[dict[str, Any]] = []
+    before: Counter[tuple[str, str]] = Counter()
+    ranks = []
+    for name, case in found:
+        ranks.append(before[name, case.axis])
+        before[name, case.axis] += 1
+    shown: dict[int, dict[str, Any]] = {}
     size = 0
-    for index, (name, case) in enumerate(found):
-        record = _case(index, name, case)
+    for index in sorted(range(len(found)), key=lambda index: ranks[index]):
+        record = _case(index, *found[index])
         size += len(record["audio"])
         if size > MAX_AUDIO_BYTES:
             break
-        shown.append(record)
-    return shown
+        shown[index] = record
+    return [shown[index] for index in sorted(shown)]
 
 
 def _case(index: int, system: str, case: Case) -> dict[str, Any]:

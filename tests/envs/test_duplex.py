@@ -109,6 +109,7 @@ def test_truncation_at_the_frame_limit(nano, silero, one_of_each):
     assert truncated.all()
     assert not terminated.any()
     assert [e.duration for e in infos["episodes"]] == [pytest.approx(7 / 12.5)] * 2
+    assert all(i.end <= 7 / 12.5 for e in infos["episodes"] for i in e.user_speech)  # what was not heard yet
     with pytest.raises(RuntimeError, match="call reset"):
         env.step(random_actions(env, 1, 2)[0])
 

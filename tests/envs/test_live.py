@@ -166,6 +166,11 @@ def test_an_episode_that_breaks_off_is_saved_and_its_times_are_those_of_the_audi
     assert Episode.load(tmp_path / "episode").segment.events == cut.segment.events
 
 
+def test_a_lead_in_of_less_than_a_frame_is_refused(nano, silero, stream, bank):
+    with pytest.raises(InputError, match=r"lead_in must be at least a frame, 0\.08 s, found 0"):
+        ScriptedUser(draw_scripts(bank, 1, seed=4, seconds=6.0), nano.codec, stream, silero, 0)
+
+
 def test_nano_talks_the_same_in_any_company(nano, silero, stream, bank):
     scripts = draw_scripts(bank, 3, seed=4, seconds=6.0)
     assert scripts == draw_scripts(bank, 3, seed=4, seconds=6.0)

@@ -2,13 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import math
+import os
 import pickle
 import re
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -37,10 +40,11 @@ REPLY = "That sounds like a good plan to me."
 @pytest.fixture(autouse=True)
 def judges_are_closed(monkeypatch):
     made, start = [], Judge._start
-    monkeypatch.setattr(Judge, "_start", lambda self: (made.append(self), start(self))[1])
+    monkeypatch.setattr(Judge, "_start", lambda self: (made.append(weakref.ref(self)), start(self))[1])
     yield
     for judge in made:
-        judge.close()
+        if judge() is not None:
+            judge().close()
 
 
 def test_right_scores_in_order_with_reasons(tmp_path):
@@ -429,6 +433,23 @@ def test_begin_returns_at_once_and_close_cancels(tmp_path):
         with pytest.raises(concurrent.futures.CancelledError):
             abandoned.result(5)
         assert judge.ask([question(REPLY)])[0].scores == {"score": 2}  # a closed judge opens again
+
+
+def test_a_judge_that_nobody_has_any_more_ends_its_thread(tmp_path):
+    def held():
+        return sum(thread.name == "judge" for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))
+
+    threads, files = held()
+    with JudgeServer() as server:
+        for number in range(3):
+            assert make_judge(server, tmp_path / str(number)).ask([question(REPLY)])[0].scores == {"score": 2}
+        gc.collect()
+        for _ in range(50):  # it ends by itself, nobody waits for it
+            if held()[0] <= threads:
+                break
+            time.sleep(0.1)
+        assert held()[0] <= threads
+    assert held()[1] <= files + 2  # three for each loop that is not closed
 
 
 def test_many_threads_and_a_copy_in_another_process(tmp_path):

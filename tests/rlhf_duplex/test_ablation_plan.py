@@ -24,6 +24,14 @@ def plan_of(folder, text, *arguments):
     return load_plan(path, arguments)
 
 
+def test_an_axis_with_nothing_after_its_name_has_its_defaults(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("rewards:\n  pause_handling:\n  turn_taking: {weight: 2.0}\n")
+    assert load_config(base).rewards == {"pause_handling": {}, "turn_taking": {"weight": 2.0}}
+    names = [condition.name for condition in preset_conditions("leave_one_axis_out", load_config(base))[0]]
+    assert names[:3] == ["full", "without pause", "without turn"]
+
+
 def test_a_grid_is_crossed_and_seeds_come_one_after_another(tmp_path):
     plan = plan_of(
         tmp_path,

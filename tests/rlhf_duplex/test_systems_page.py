@@ -1,6 +1,7 @@
 """The page of `evaluate`, opened in a real browser: side by side, distributions, worst cases to hear."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rlhf_duplex.evaluation.cases import Case, load_cases, save_cases, worst_fir
 from rlhf_duplex.evaluation.comparison import compare
 from rlhf_duplex.evaluation.distributions import backchannel_timing, position_shares
 from rlhf_duplex.evaluation.metrics import write_results
+from rlhf_duplex.report import systems
 from rlhf_duplex.report.systems import build_systems_page
 
 
@@ -39,6 +41,22 @@ def results(tmp_path_factory):
     shifts = (("base", 0.0), ("rl", -0.1))
     found = {name: system(folder, name, shift, seed) for seed, (name, shift) in enumerate(shifts)}
     return folder, found | {"same": system(folder, "same", 0.0)}
+
+
+def test_a_page_without_room_for_all_cases_shows_the_worst_of_each_axis_and_system(results, monkeypatch, tmp_path):
+    _, found = results
+    folder = shutil.copytree(results[0], tmp_path / "copy")
+    whole = systems._cases(folder, list(found))
+    sizes = [len(case["audio"]) for case in whole]
+    assert len(whole) == len(found) * len(AGENT)
+    for name in found:  # a second case of each axis, beside the worst
+        cases = load_cases(folder / "cases" / name)
+        milder = [Case(c.axis, f"{c.name} 2", c.badness - 1, c.why, c.episode) for c in cases]
+        save_cases(folder / "cases" / name, [*cases, *milder])
+    assert len(systems._cases(folder, list(found))) == 2 * len(whole)
+    monkeypatch.setattr(systems, "MAX_AUDIO_BYTES", sum(sizes) + min(sizes) // 2)
+    shown = systems._cases(folder, list(found))
+    assert [case["name"] for case in shown] == [case["name"] for case in whole]
 
 
 def test_comparison_says_what_differs_and_what_not(results):
