@@ -110,7 +110,7 @@ class UserSides:
         return found
 
     def _forget(self, current: "set[UserKey]") -> None:
-        """Drop what does not come back, or is too much: a group's context is asked for again in its next batch alone."""
+        """Drop what is too much, and context: the next batch of its group asks for it again, or nobody does."""
         for key in [key for key in self._kept if key[-1] and key not in current]:
             del self._kept[key]
         size = sum(side.audio.nbytes for side in self._kept.values())
