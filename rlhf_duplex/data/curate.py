@@ -10,9 +10,8 @@ import itertools
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -29,37 +28,13 @@ from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
 from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection, detect
 from rlhf_duplex.data.recordings import Problem, Recording
-from rlhf_duplex.data.selection import Found, spread
-from rlhf_duplex.data.summary import print_summary
+from rlhf_duplex.data.selection import Found, held_out_recordings, spread
+from rlhf_duplex.data.summary import Summary, print_summary
 from rlhf_duplex.run_folder import make_console
 
 STALLED_SECONDS = 3600.0
 CONTEXT_SECONDS = 30.0  # the longest context of arXiv 2606.11167
 _RETRIES = 1
-
-
-@dataclass
-class Summary:
-    """What a run of curate found.
-
-    Attributes:
-        layout: of the corpus.
-        recordings, seconds, utterances, transcripts: that could be used, how long, of both speakers, with words.
-        done_before: recordings whose speech was known from an earlier run.
-        problems: what could not be used, or not wholly.
-        found: segments by axis that met the criteria.
-        rejected: by axis, how many stretches did not, by reason.
-    """
-
-    layout: str
-    recordings: int = 0
-    seconds: float = 0.0
-    utterances: int = 0
-    transcripts: int = 0
-    done_before: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    found: Counter[str] = field(default_factory=Counter)
-    rejected: dict[str, Counter[str]] = field(default_factory=lambda: {axis: Counter() for axis in SEGMENT_AXES})
 
 
 def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | None = None) -> Summary:
@@ -84,23 +59,50 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     summary = Summary(layout, problems=problems)
     detections = detect_all(layout, recordings, options, work, summary, console)
     found = _candidates(recordings, detections, options, summary)
-    chosen = [item for axis in SEGMENT_AXES for item in spread(found[axis], options.per_axis, options.seed)]
+    used = [recording for recording in recordings if recording.id in detections]
+    held = held_out_recordings(used, options.users, options.heldout, options.seed) if options.heldout else set()
+    chosen = _choose(found, options, lambda item: item.recording.id not in held, 1 - options.heldout)
+    evaluated = _choose(found, options, lambda item: item.recording.id in held, options.heldout)
+    summary.kept.update(item.candidate.axis for item in chosen)
+    summary.held_out.update(item.candidate.axis for item in evaluated)
     summary.problems.sort()
-    print_summary(console, summary, options)
+    print_summary(console, summary)
     if not chosen:
         raise InputError(f"{corpus} has no segment that meets the criteria: the table above says why; see --help")
-    segments = _segments(layout, chosen)
+    if held and not evaluated:
+        raise InputError(f"--heldout {options.heldout:g}: no segment of the {len(held)} held-out recordings: raise it")
+    segments, others = _segments(layout, chosen), _segments(layout, evaluated)
     write_manifest(out, segments)
+    if held:
+        write_manifest(heldout_path(out), others)
     if options.encode:
-        _encode(segments, options, console)
+        _encode([*segments, *others], options, console)
     from rlhf_duplex.report.segments import build_segments_page
 
     by_segment = {
         item.id: (load_detection(detections[item.recording.id]), item.user) for item in _shown(chosen, options)
     }
     page = build_segments_page(out.with_suffix(".html"), segments, by_segment, summary, options)
-    console.print(f"wrote {len(segments)} segments to {out}, a page to look at to {page}", soft_wrap=True)
+    apart = f", {len(others)} held-out ones to {heldout_path(out)}" if held else ""
+    console.print(f"wrote {len(segments)} segments to {out}{apart}, a page to look at to {page}", soft_wrap=True)
     return summary
+
+
+def heldout_path(out: Path) -> Path:
+    """The manifest of the held-out recordings, beside that of the others."""
+    return out.with_suffix(".heldout.jsonl")
+
+
+def _choose(
+    found: Mapping[str, Sequence[Found]], options: CurateOptions, wanted: Callable[[Found], bool], share: float
+) -> list[Found]:
+    """What a manifest takes of the candidates that are wanted: of each axis a share of `--per-axis`."""
+    count = max(1, round(share * options.per_axis))
+    return [
+        item
+        for axis in SEGMENT_AXES
+        for item in spread([candidate for candidate in found[axis] if wanted(candidate)], count, options.seed)
+    ]
 
 
 def check_options(options: CurateOptions) -> None:
@@ -120,6 +122,8 @@ def check_options(options: CurateOptions) -> None:
                 raise InputError(f"{name} must be a number of at least 0, found {value}")
     if options.per_axis < 1:
         raise InputError(f"--per-axis must be at least 1, found {options.per_axis}")
+    if options.heldout >= 1:
+        raise InputError(f"--heldout must be a share of at least 0 and below 1, found {options.heldout:g}")
     if not 0 < options.voice.vad_threshold < 1:
         raise InputError(f"--vad-threshold must lie between 0 and 1, found {options.voice.vad_threshold}")
     if options.criteria.min_silence > options.criteria.max_pause:
@@ -142,7 +146,8 @@ def _prepare(out: Path) -> Path:
         raise InputError(f"--out {out} must end in .jsonl: a page and a work folder of that name are written beside it")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the path of the manifest to write")
-    check_replaced(out, "a manifest", {"axis", "recording"})
+    for path in (out, heldout_path(out)):
+        check_replaced(path, "a manifest", {"axis", "recording"})
     work = out.with_suffix(".work")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -274,7 +279,6 @@ def _candidates(
 ) -> dict[str, list[Found]]:
     """Everything that meets the criteria, by axis; counts what does not."""
     found: dict[str, list[Found]] = {axis: [] for axis in SEGMENT_AXES}
-    users = (0, 1) if options.user_channel == "both" else (int(options.user_channel),)
     for recording in recordings:
         if recording.id not in detections:
             continue
@@ -283,7 +287,7 @@ def _candidates(
         summary.seconds += detection.seconds
         summary.transcripts += detection.words > 0
         summary.utterances += sum(len(speaker_utterances(side, options.criteria)) for side in detection.speech)
-        for user in users:
+        for user in options.users:
             speech = detection.speech
             candidates, rejected = find_candidates(speech[user], speech[1 - user], options.criteria)
             for candidate in candidates:

@@ -69,7 +69,12 @@ class CurateOptions:
         choices=("both", "0", "1"),
     )
     per_axis: int = _option(2000, "at most so many segments of each axis, spread over speakers and recordings")
-    seed: int = _option(0, "of the choice among them")
+    heldout: float = _option(
+        0.0,
+        "this share of the recordings goes to a manifest of its own, NAME.heldout.jsonl, to evaluate on; nobody is a "
+        "user in both",
+    )
+    seed: int = _option(0, "of the choices")
     workers: int = _option(0, "so many Ray workers, a recording each at a time; 0 works in the process itself")
     strict: bool = _option(False, "stop at the first recording or transcript that is wrong, instead of reporting it")
     examples: int = _option(3, "segments of each axis shown on the page, drawn at random")
@@ -84,14 +89,19 @@ class CurateOptions:
     criteria: Criteria = field(default_factory=Criteria)
     voice: VoiceActivity = field(default_factory=VoiceActivity)
 
+    @property
+    def users(self) -> tuple[int, ...]:
+        """The sides that are taken as users."""
+        return (0, 1) if self.user_channel == "both" else (int(self.user_channel),)
+
 
 HELP = """examples:
-  rlhf-duplex curate recordings/ --out data/segments.jsonl
+  rlhf-duplex curate recordings/ --out data/segments.jsonl --heldout 0.1
   rlhf-duplex curate fisher/ --out data/fisher.jsonl --workers 16 --per-axis 2000 --seed 1
   rlhf-duplex curate dialogues.jsonl --out data/segments.jsonl --user-channel 1 --encode nano
 
 Killed or stopped, the same command goes on where it was. Thresholds may be changed afterwards: speech is not detected
-again. Train on the result with: rlhf-duplex train segments=data/segments.jsonl"""
+again. Train on the result with: rlhf-duplex train segments=data/segments.jsonl evaluation.segments=HELD_OUT"""
 
 _GROUPS = (
     ("", CurateOptions),

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from envs.errors import InputError
 from rlhf_duplex.data.criteria import Candidate
+from rlhf_duplex.data.parts import held_out
 from rlhf_duplex.data.recordings import Recording
 
 
@@ -54,6 +56,37 @@ def spread(found: Sequence[Found], count: int, seed: int) -> list[Found]:
     of_recording = _ranks([(turn, item.recording.id) for turn, item in rounds])
     order = sorted(zip(of_recording, rounds, strict=True), key=lambda entry: (entry[1][0], entry[0]))
     return [item for _, (_, item) in order[:count]]
+
+
+def held_out_recordings(recordings: Sequence[Recording], users: Sequence[int], share: float, seed: int) -> set[str]:
+    """Ids of the recordings that are held out: about this share of them, and nobody is a user on both sides.
+
+    Args:
+        users: the sides that are taken as users, 0, 1 or both.
+        seed: of the choice.
+
+    Raises:
+        InputError: all recordings hang together by their users, so that none can be held out.
+    """
+    known: dict[str, str] = {}  # from a user or a recording to one that it hangs together with; a root to itself
+
+    def root(name: str) -> str:
+        while known.setdefault(name, name) != name:
+            known[name] = known[known[name]]
+            name = known[name]
+        return name
+
+    for recording in sorted(recordings, key=lambda recording: recording.id):
+        for user in users:
+            known[root(f"user {recording.sides[user].speaker}")] = root(f"recording {recording.id}")
+    roots = {recording.id: root(f"recording {recording.id}") for recording in recordings}
+    held = held_out(list(roots.values()), share, seed)
+    if not held:
+        raise InputError(
+            f"--heldout {share:g}: the {len(roots)} recordings cannot be parted, since they share their users: "
+            "leave --heldout out, or curate another corpus to evaluate on"
+        )
+    return {name for name, part in roots.items() if part in held}
 
 
 def _ranks(groups: Sequence[Hashable]) -> list[int]:

@@ -20,7 +20,7 @@ from rlhf_duplex.report.labels import axis_title
 from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg, user_words, words_are_cut
 
 if TYPE_CHECKING:
-    from rlhf_duplex.data.curate import Summary
+    from rlhf_duplex.data.summary import Summary
 
 SAMPLE_RATE = 16000
 
@@ -52,7 +52,7 @@ def build_segments_page(
     page = environment.get_template("segments.html").render(
         name=path.stem,
         facts=[*facts(summary), ("Segments", str(len(segments))), ("Seed", str(options.seed))],
-        axes=[(axis_title(axis), *rest) for axis, *rest in axis_rows(summary, options)],
+        axes=[(axis_title(axis), *rest) for axis, *rest in axis_rows(summary)],
         problems=summary.problems,
         examples=[example for example in examples if "error" not in example],
         unread=[example for example in examples if "error" in example],

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -140,6 +141,25 @@ def test_two_workers_killed_leave_nothing_behind_and_it_goes_on(corpus, whole):
     assert f"of them read before {len(done)}" in " ".join(finished.stdout.split())
     assert done.items() <= times_of_records(out).items()
     assert out.read_bytes() == whole[0].read_bytes()
+
+
+def test_a_share_of_the_recordings_is_held_out(corpus, whole, tmp_path, capsys):
+    out = whole[0].with_name("parted.jsonl")
+    shutil.copytree(whole[0].with_suffix(".work"), out.with_suffix(".work"))  # heard before
+    summary = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0, heldout=0.25))
+    assert summary.done_before == 40
+    told = " ".join(capsys.readouterr().out.split())
+    train, held = read_manifest(out), read_manifest(out.with_name("parted.heldout.jsonl"))
+    assert not {s.recording for s in train} & {s.recording for s in held}
+    assert 1 <= len({s.recording for s in held}) <= 10
+    for segments, kept, most in ((train, summary.kept, 6), (held, summary.held_out, 2)):
+        counts = Counter(s.axis for s in segments)
+        assert counts == kept
+        assert max(counts.values()) == most
+    assert f"wrote {len(train)} segments to {out}, {len(held)} held-out ones to" in told
+    assert f"segments held out {len(held)}" in told
+    with pytest.raises(InputError, match="--heldout must be a share of at least 0 and below 1, found 1"):
+        curate(corpus, out, CurateOptions(heldout=1.0))
 
 
 def test_other_thresholds_need_no_second_hearing(corpus, whole):

@@ -1,9 +1,12 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from envs.errors import InputError
 from rlhf_duplex.data.criteria import Candidate
 from rlhf_duplex.data.recordings import Recording, Side
-from rlhf_duplex.data.selection import Found, spread
+from rlhf_duplex.data.selection import Found, held_out_recordings, spread
 
 
 def corpus(counts):
@@ -48,3 +51,31 @@ def test_no_recording_comes_twice_in_a_round_before_the_others_have_come():
         items += [Found(recording, side, Candidate("turn_taking", 1.0, 6.0, {})) for side in (0, 1)]
     for seed in range(10):
         assert {item.recording.id for item in spread(items, 2, seed)} == {"r0", "r1"}
+
+
+def recordings_of(*speakers):
+    return [
+        Recording(f"r{number}", tuple(Side(Path(f"r{number}"), side, name) for side, name in enumerate(both)))
+        for number, both in enumerate(speakers)
+    ]
+
+
+def test_nobody_is_a_user_on_both_sides():
+    # r0 to r2 hang together by bob and eve, r3 and r4 stand alone.
+    recordings = recordings_of(("ann", "bob"), ("bob", "eve"), ("eve", "dan"), ("kim", "lee"), ("mia", "noa"))
+    seen = set()
+    for seed in range(20):
+        held = held_out_recordings(recordings, (0, 1), 0.2, seed)
+        assert held in ({"r0", "r1", "r2"}, {"r3"}, {"r4"})  # one of three
+        assert held == held_out_recordings(recordings[::-1], (0, 1), 0.2, seed)
+        seen.add(frozenset(held))
+    assert len(seen) == 3
+    # Where only channel 0 is the user, eve of r1 is an agent.
+    assert {len(held_out_recordings(recordings, (0,), 0.2, seed)) for seed in range(20)} == {1}
+
+
+def test_recordings_that_all_share_a_user_cannot_be_parted():
+    recordings = recordings_of(("ann", "clerk"), ("bob", "clerk"), ("eve", "clerk"))
+    with pytest.raises(InputError, match=r"--heldout 0\.1: the 3 recordings cannot be parted"):
+        held_out_recordings(recordings, (0, 1), 0.1, 0)
+    assert len(held_out_recordings(recordings, (0,), 0.1, 0)) == 1
