@@ -53,6 +53,12 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def updates_done(run_dir: Path) -> int:
+    """Updates before the newest checkpoint of a run; 0 where there is none."""
+    folder = last_checkpoint(run_dir)
+    return 0 if folder is None else int(folder.name.removeprefix("step_"))
+
+
 def mark_best(run_dir: Path, folder: Path, metric: str, value: float) -> bool:
     """Let `checkpoints/best` point to a checkpoint if its `value` is the highest so far; gives whether it is."""
     record = run_dir / "checkpoints" / "best.json"

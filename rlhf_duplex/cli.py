@@ -153,7 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not.
 
-    `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1 where trials failed (it says which).
+    `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1 where trials failed (it says which). A
+    signal ends `train`, `warmstart` and `ablate` with 0, since all is saved that it takes to go on (whoever chains them
+    wants `pipeline`, which tells), the others with 130.
     """
     parser = build_parser()
     options, left = parser.parse_known_args(arguments)
@@ -162,6 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         getattr(options, taken).extend(left)  # argparse takes key=value on one side of the options only
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
+    for name, value in vars(options).items():
+        if isinstance(value, Path):  # a shell leaves `--out=~/x` and quoted paths as they are
+            setattr(options, name, value.expanduser())
     from envs.errors import InputError
 
     try:
@@ -171,13 +176,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "rlhf-duplex: stopped; training goes on with resume=true, the rest with the same command", file=sys.stderr
+            "rlhf-duplex: stopped; training that has a checkpoint goes on with resume=true, the rest with the same "
+            "command",
+            file=sys.stderr,
         )
         return 130
     except Exception as error:
         if "No space left on device" not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
             raise  # safetensors has an error of its own for a full disk
-        print(f"rlhf-duplex: the disk is full ({error}): make room; training goes on with resume=true", file=sys.stderr)
+        print(
+            f"rlhf-duplex: the disk is full ({error}): make room; training that has a checkpoint goes on with "
+            "resume=true, the rest with the same command",
+            file=sys.stderr,
+        )
         return 2
 
 

@@ -1,6 +1,8 @@
 """Configuration files: read over a schema with `key=value` overrides, written, and compared when a run is resumed."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,22 @@ def load_structured(
             why = _explain(error)
             raise InputError(f"{source}: {why}{_own_command(path, source) if 'unknown' in why else ''}") from error
     try:
-        return OmegaConf.to_object(config)
+        return _at_home(OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise InputError(f"the configuration cannot be resolved: {_explain(error)}") from error
+
+
+def _at_home(value: Any) -> Any:
+    """With `~/` as the user's folder in every text: a shell leaves it as it is after `key=`."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    for item in fields(value) if is_dataclass(value) else ():
+        setattr(value, item.name, _at_home(getattr(value, item.name)))
+    return value
 
 
 def _own_command(path: Path | None, source: str) -> str:

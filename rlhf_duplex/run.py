@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from envs.errors import InputError
-from rlhf_duplex.checkpoint import last_checkpoint
+from rlhf_duplex.checkpoint import last_checkpoint, updates_done
 from rlhf_duplex.config import Config
 from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.evaluation.metrics import format_table, read_results
@@ -57,6 +57,11 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
 
     def check(config: Config, saved: Path) -> None:
         check_resumed(config, saved)
+        done, wanted = updates_done(saved.parent), config.trainer.updates
+        if done > wanted:
+            raise InputError(
+                f"resume: {done} updates are done, and trainer.updates is {wanted}: it may grow, not shrink"
+            )
         measured = saved.parent / "evaluation" / "before.json"
         if measured.is_file():
             check_before("resume", measured, config, inputs.held_out)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
+from rlhf_duplex.config_files import to_yaml
 from rlhf_duplex.inputs import NANO_DATA
 from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.run_folder import check_data, claimed
@@ -268,6 +269,26 @@ def test_a_suite_says_what_it_would_ignore(tmp_path, capsys):
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     assert "has no checkpoint" in failing(capsys, f"run_dir={tmp_path / 'run'}", "resume=true")
+
+
+def test_a_resumed_run_has_no_fewer_updates_than_are_done(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "step_000004").mkdir(parents=True)
+    arguments = [str(ROOT / "configs" / "debug.yaml"), f"run_dir={tmp_path / 'run'}"]
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(load_config(Path(arguments[0]), arguments[1:])))
+    assert main(["train", *arguments, "resume=true", "trainer.updates=3"]) == 2
+    said = capsys.readouterr().err
+    assert "resume: 4 updates are done, and trainer.updates is 3: it may grow, not shrink" in said
+
+
+def test_a_tilde_is_the_users_folder_wherever_a_path_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, ["run_dir=~/run", "segments=~/s.jsonl", "rewards={mine: {target: ~/axis.py}}"])
+    assert (config.run_dir, config.segments) == (f"{tmp_path}/run", f"{tmp_path}/s.jsonl")
+    assert config.rewards["mine"]["target"] == f"{tmp_path}/axis.py"
+    assert main(["curate", "~/none", "--out=~/q.jsonl"]) == 2
+    assert f"{tmp_path}/none" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
 
 
 def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
