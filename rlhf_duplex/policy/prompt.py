@@ -13,7 +13,7 @@ import torch
 
 from envs.audio import audio_info, read_audio
 from envs.errors import InputError
-from envs.frames import frames_in
+from envs.frames import frame_at, frames_in
 from rlhf_duplex.config import PromptConfig
 from rlhf_duplex.policy.bundle import Bundle
 
@@ -62,7 +62,7 @@ def make_prompt(bundle: Bundle, config: PromptConfig) -> torch.Tensor | None:
         voice = codec.encode(torch.from_numpy(whole)[None])[0, : codec.agent_codebooks].cpu()
     words = _words(config.text)
     spoken = torch.tensor(bundle.tokenizer.encode(words) if words else [], dtype=torch.long)
-    pause = int(config.silence_seconds * codec.frame_rate)
+    pause = frame_at(config.silence_seconds, codec.frame_rate)
     text = torch.full((voice.shape[1] + 2 * pause + len(spoken),), padding)
     text[voice.shape[1] + pause : len(text) - pause] = spoken
     agent = torch.cat([voice, silent[:, None].expand(-1, len(text) - voice.shape[1])], dim=1)

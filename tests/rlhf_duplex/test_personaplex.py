@@ -102,7 +102,7 @@ class TestExpansion:
 class TestPrompt:
     def test_voice_silence_text_silence_and_a_tone_from_the_user(self, persona, prompt):
         words = persona.tokenizer.encode(f"<system> {TEXT} <system>")
-        # 0.9 s are 11.25 frames: 12, then 6 (int of 0.5 s), a frame a token, 6.
+        # 0.9 s are 11.25 frames: 12, then 6 (whole frames of 0.5 s), a frame a token, 6.
         assert prompt.shape == (17, 12 + 6 + len(words) + 6)
         text, agent, user = prompt[0], prompt[1:9], prompt[9:]
         assert text.tolist() == [3] * 18 + words + [3] * 6
@@ -116,6 +116,9 @@ class TestPrompt:
         tagged = make_prompt(persona, PromptConfig(text=f" <system> {TEXT} <system> "))
         assert tagged[0].tolist() == [3] * 6 + words + [3] * 6
         assert make_prompt(persona, PromptConfig()) is None
+        # 2.32 s are 29 frames of 0.08 s, though 2.32 * 12.5 is a little below 29.
+        longer = make_prompt(persona, PromptConfig(text=TEXT, silence_seconds=2.32))
+        assert longer[0].tolist() == [3] * 29 + words + [3] * 29
 
     def test_codes_of_moshis_own_mimi_are_personaplexs(self, persona, monkeypatch):
         monkeypatch.setattr(persona, "mimi_config", None)
