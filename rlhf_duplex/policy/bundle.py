@@ -15,7 +15,6 @@ from typing import Any
 
 import sentencepiece
 import torch
-from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo, get_mimi
@@ -23,19 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
+from rlhf_duplex.policy.bundle_config import (
+    NAMES,
+    NOT_LM,
+    complete_sizes,
+    named_file,
+    read_config,
+    read_mimi_config,
+)
 from rlhf_duplex.policy.codec import MimiCodec, agent_codebooks
 from rlhf_duplex.policy.personaplex import expand_depth, is_personaplex
 
 NANO = "nano"
 NANO_FOLDER = Path(__file__).parent.parent / "nano"
-_NAMES = {
-    "moshi_name": "model.safetensors",
-    "mimi_name": "mimi.safetensors",
-    "tokenizer_name": "tokenizer.model",
-    "mimi_config_name": "mimi_config.json",
-}
-_HUB_NAMES = {"mimi_name": loaders.MIMI_NAME, "tokenizer_name": loaders.TEXT_TOKENIZER_NAME}
-_NOT_LM = {*_NAMES, "lora_name", "model_type", "lm_gen_config", "tts_config", "stt_config", "model_id"}
 
 
 @dataclass
@@ -78,16 +77,16 @@ class Bundle:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        config = self.config | {key: name for key, name in _NAMES.items() if key != "mimi_config_name"}
+        config = self.config | {key: name for key, name in NAMES.items() if key != "mimi_config_name"}
         config.pop("mimi_config_name", None)
         if self.mimi_config is not None:
-            config["mimi_config_name"] = _NAMES["mimi_config_name"]
-            (temporary / _NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
+            config["mimi_config_name"] = NAMES["mimi_config_name"]
+            (temporary / NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         lm_weights = self.lm.state_dict() if weights is None else weights
-        save_file(_on_disk(lm_weights, dtype), str(temporary / _NAMES["moshi_name"]))
-        save_file(_on_disk(self.mimi.state_dict(), None), str(temporary / _NAMES["mimi_name"]))
-        (temporary / _NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
+        save_file(_on_disk(lm_weights, dtype), str(temporary / NAMES["moshi_name"]))
+        save_file(_on_disk(self.mimi.state_dict(), None), str(temporary / NAMES["mimi_name"]))
+        (temporary / NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 
@@ -193,41 +192,17 @@ def local_info(folder: Path) -> CheckpointInfo:
     Raises:
         InputError: config.json is missing or wrong, or names a file that is not there.
     """
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise InputError(f"{config_path} does not exist: a bundle needs config.json beside its weights")
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise InputError(f"{config_path} is not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{config_path} must hold a JSON object, found {type(config).__name__}")
-    if config.get("lora_name") is not None:  # Moshi's loaders would look for it elsewhere, on the hub, too
-        raise InputError(
-            f"{config_path}: `lora_name` {config['lora_name']!r}: adapters are not read beside a model; export it "
-            "merged, and leave the key out"
-        )
-    paths: dict[str, Path | None] = {}
-    for key in _NAMES:
-        given = config.get(key)  # null is as good as not there
-        name = given if given is not None or key == "mimi_config_name" else _NAMES[key]
-        if given is None and key in _HUB_NAMES and not (folder / str(name)).is_file():
-            name = _HUB_NAMES[key]  # a copy of a repository of Kyutai's or NVIDIA's
-        path = None if name is None else folder / Path(str(name).removeprefix("file://")).name
-        if path is not None and not path.is_file():
-            raise InputError(f"{config_path}: `{key}` names {path.name}, which is not in {folder}")
-        paths[key] = path
-    try:
-        info = CheckpointInfo.from_hf_repo(
-            str(folder),
-            moshi_weights=paths["moshi_name"],
-            mimi_weights=paths["mimi_name"],
-            tokenizer=paths["tokenizer_name"],
-            config_path=config_path,
-            mimi_config_path=paths["mimi_config_name"],
-        )
-    except ValueError as error:
-        raise InputError(f"{paths['mimi_config_name']} is not valid JSON ({error})") from error
+    config = read_config(folder)
+    paths = {key: named_file(folder, config, key) for key in NAMES}
+    read_mimi_config(folder, config)  # for its errors: the loaders read it themselves
+    info = CheckpointInfo.from_hf_repo(
+        str(folder),
+        moshi_weights=paths["moshi_name"],
+        mimi_weights=paths["mimi_name"],
+        tokenizer=paths["tokenizer_name"],
+        config_path=folder / "config.json",
+        mimi_config_path=paths["mimi_config_name"],
+    )
     return _completed(info, folder.name)
 
 
@@ -255,14 +230,10 @@ def weights_digest(checkpoint: str) -> str:
 
 
 def _completed(info: CheckpointInfo, name: str) -> CheckpointInfo:
-    """With the 7B's sizes where config.json has none (moshiko, PersonaPlex): as Moshi's loaders do."""
-    if "dim" in (info.lm_config or {}):
-        return info
-    sizes = dict(loaders._lm_kwargs)
-    if "personaplex" in f"{name} {info.model_type}".lower():
-        sizes["dep_q"] = sizes["n_q"]
-    kept = {key: value for key, value in (info.raw_config or {}).items() if key in _NOT_LM}
-    return replace(info, lm_config=sizes, raw_config={**kept, **sizes})
+    raw = info.raw_config or {}
+    sizes = complete_sizes(raw, name)
+    kept = {key: value for key, value in raw.items() if key in NOT_LM or key in sizes}
+    return replace(info, lm_config=sizes, raw_config=kept | sizes)
 
 
 def _hub_info(repository: str) -> CheckpointInfo:
@@ -298,12 +269,26 @@ def check_bundle(info: CheckpointInfo) -> None:
     except (TypeError, AssertionError, KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"config.json of {Path(info.moshi_weights).parent}: {_one_line(error)}") from error
     _check_weights(lm, Path(info.moshi_weights))
+    mimi = meta_mimi(info.mimi_config, str(Path(info.mimi_weights).parent), _mimi_codebooks(info))
+    _check_weights(mimi, Path(info.mimi_weights))
+
+
+def meta_mimi(config: Mapping[str, Any] | None, checkpoint: str, codebooks: int = 8) -> MimiModel:
+    """Mimi with shapes and no storage.
+
+    Args:
+        config: its sizes; None for Moshi's own.
+        checkpoint: whose it is, for the error.
+        codebooks: that it encodes to.
+
+    Raises:
+        InputError: the sizes are not those of a Mimi.
+    """
     try:
         with torch.device("meta"):
-            mimi = get_mimi(None, info.mimi_config, num_codebooks=_mimi_codebooks(info), device="meta")
+            return get_mimi(None, config, num_codebooks=codebooks, device="meta")
     except (TypeError, AssertionError, KeyError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"Mimi configuration of {Path(info.mimi_weights).parent}: {_one_line(error)}") from error
-    _check_weights(mimi, Path(info.mimi_weights))
+        raise InputError(f"Mimi configuration of {checkpoint}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
