@@ -293,7 +293,7 @@ def _warmstart(path: Path | None, overrides: list[str], dry: bool) -> int:
 
     config = load_warmstart_config(path, overrides)
     if dry:
-        from rlhf_duplex.dry_run import dry_run
+        from rlhf_duplex.warmstart.dry_run import dry_run
 
         dry_run(config)
         return 0

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
-from moshi.models.loaders import get_mimi
 from rich.console import Console
 from rich.table import Table
 
 from envs.segments import read_manifest
 from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import Config
-from rlhf_duplex.dry_run import (
-    FRAME_RATE,
+from rlhf_duplex.inputs import NANO_DATA
+from rlhf_duplex.learner import Learner
+from rlhf_duplex.memory_model import (
     GIB,
     count_memory,
     gathered_bytes,
@@ -28,9 +29,7 @@ from rlhf_duplex.dry_run import (
     peak_bytes,
     saved_bytes,
 )
-from rlhf_duplex.inputs import NANO_DATA
-from rlhf_duplex.learner import Learner
-from rlhf_duplex.policy.bundle import find_bundle, local_info
+from rlhf_duplex.policy.bundle import meta_mimi
 from rlhf_duplex.policy.codec import DECODED_FRAMES
 from rlhf_duplex.policy.lora import add_lora, is_adapted
 from rlhf_duplex.policy.memory import USED
@@ -40,6 +39,7 @@ from rlhf_duplex.policy.scoring import LOGITS_AT_ONCE
 from rlhf_duplex.run_folder import make_console
 from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
 
+FRAME_RATE = 12.5
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,9 +83,9 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     """
     console = console or make_console()
     plan, cluster, trainer = make_plan(config), config.cluster, config.trainer
-    arguments, source = model_config(config.checkpoint)
+    sizes = model_config(config.checkpoint)
     half = cluster.mixed_precision == "bfloat16"
-    lm = meta_model(arguments, _TYPES[config.dtype])
+    lm, mimi = meta_model(sizes.lm, _TYPES[config.dtype]), meta_mimi(sizes.mimi, config.checkpoint)
     learner = _meta_learner(config, lm)
     frames, counted = _frames(config)
     cut = cluster.strategy == "fsdp"
@@ -99,9 +99,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
         of_learner["value head"] = 4 * sum(p.nbytes for p in learner.critic.parameters.values())
     if cut and plan.learners > 1:
         of_learner["gathered weights"] = gathered_bytes(lm, 2 if half else _TYPES[config.dtype].itemsize)
-    of_learner["activations"] = _activations(
-        config, arguments, frames, torch.bfloat16 if half else _TYPES[config.dtype]
-    )
+    of_learner["activations"] = _activations(config, sizes.lm, frames, torch.bfloat16 if half else _TYPES[config.dtype])
     own_copy = not plan.colocated or cut
     acting = _TYPES[cluster.rollout_dtype or config.dtype]
     of_worker = {"policy that acts": sum(p.numel() for p in lm.parameters()) * acting.itemsize if own_copy else 0}
@@ -109,7 +107,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
         of_worker["layers with adapters, merged"] = acting.itemsize * sum(
             p.numel() for name, p in lm.named_parameters() if is_adapted(name)
         )
-    of_worker["Mimi"], of_worker["audio that Mimi decodes at once"] = _mimi_bytes(config)
+    of_worker["Mimi"], of_worker["audio that Mimi decodes at once"] = _mimi_bytes(mimi)
     cache = _cache_bytes(lm, acting)
     if not config.rollout.batch_size:  # what is left, as `dialogues_that_fit` finds it
         taken = sum(of_worker.values()) + (sum(of_learner.values()) if plan.colocated else 0)
@@ -121,7 +119,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     totals = [total_learner + total_worker] if plan.colocated else [total_learner, total_worker]
     seconds = _seconds(config, plan, lm, learner, frames, acting)
     count = plan.workers if plan.colocated else plan.workers + plan.learners
-    console.print(f"checkpoint {config.checkpoint}: {source}")
+    console.print(f"checkpoint {config.checkpoint}: {sizes.source}")
     console.print(_placement(config, plan, count))
     for title, rows in (("learner", of_learner), ("rollout worker", of_worker)):
         table = Table(title=f"GiB on the GPU of a {title}", title_justify="left")
@@ -201,11 +199,9 @@ def _cache_bytes(lm: LMModel, dtype: torch.dtype) -> int:
     return 2 * len(lm.transformer.layers) * width * dtype.itemsize
 
 
-def _mimi_bytes(config: Config) -> tuple[int, int]:
+def _mimi_bytes(mimi: MimiModel) -> tuple[int, int]:
     """Its weights, and what it holds on the way to the audio of as many frames as are decoded at once."""
-    folder = find_bundle(config.checkpoint)
     with torch.device("meta"):
-        mimi = get_mimi(None, local_info(folder).mimi_config if folder is not None else None, device="meta")
         codes = torch.zeros(DECODED_FRAMES // 100, mimi.num_codebooks, 100, dtype=torch.long)
         decoding = peak_bytes(lambda: mimi.decode(codes))
     return sum(4 * p.numel() for p in mimi.parameters()), decoding

@@ -4,7 +4,6 @@ What is written was measured in this run, on the machine that it names. See READ
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -34,7 +33,8 @@ from rlhf_duplex.algorithms.advantages import combine_advantages
 from rlhf_duplex.batch import Batch, make_batch
 from rlhf_duplex.config import OptimiserConfig, TrainerConfig
 from rlhf_duplex.learner import Learner
-from rlhf_duplex.policy.bundle import NANO_FOLDER, Bundle
+from rlhf_duplex.memory_model import model_config
+from rlhf_duplex.policy.bundle import NANO, NANO_FOLDER, Bundle
 from rlhf_duplex.policy.lora import add_lora, merge_into, merged_copy
 from rlhf_duplex.policy.memory import dialogues_that_fit
 from rlhf_duplex.policy.moshi import MoshiPolicy
@@ -126,17 +126,12 @@ def random_bundle(small: bool, device: torch.device, dtype: torch.dtype) -> Bund
     import sentencepiece
     from moshi.models import loaders
 
-    config, mimi_config = dict(loaders._lm_kwargs), None
-    if small:
-        config = json.loads((NANO_FOLDER / "config.json").read_text())
-        names = ("moshi_name", "mimi_name", "tokenizer_name", "mimi_config_name", "lm_gen_config", "model_type")
-        config = {key: value for key, value in config.items() if key not in names}
-        mimi_config = json.loads((NANO_FOLDER / "mimi_config.json").read_text())
+    sizes = model_config(NANO if small else "kyutai/moshiko-pytorch-bf16")
     torch.manual_seed(0)
-    lm = loaders.get_moshi_lm(None, config, device=device, dtype=dtype)
-    mimi = loaders.get_mimi(None, mimi_config, device=device, num_codebooks=8)
+    lm = loaders.get_moshi_lm(None, sizes.lm, device=device, dtype=dtype)
+    mimi = loaders.get_mimi(None, sizes.mimi, device=device, num_codebooks=8)
     tokenizer = sentencepiece.SentencePieceProcessor(str(NANO_FOLDER / "tokenizer.model"))
-    return Bundle(config, mimi_config, lm, mimi, tokenizer, NANO_FOLDER)
+    return Bundle(sizes.lm, sizes.mimi, lm, mimi, tokenizer, NANO_FOLDER)
 
 
 def frame_bytes(policy: MoshiPolicy, batch: int, positions: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_duplex.config import load_config
-from rlhf_duplex.dry_run import meta_model, model_config
+from rlhf_duplex.memory_model import meta_model, model_config
 from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.policy.moshi import MoshiPolicy
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def model(checkpoint, adapters=None, **changes):
-    lm = meta_model(model_config(str(checkpoint))[0] | changes, torch.bfloat16)
+    lm = meta_model(model_config(str(checkpoint)).lm | changes, torch.bfloat16)
     if adapters:
         add_lora(lm, 4, flavour=adapters)
     return lm

@@ -1,5 +1,9 @@
 """The dry run of `train` and the model of the step, worked out by hand."""
 
+import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +75,7 @@ def test_the_papers_run():
     assert len(found["totals"]) == 1
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("moshi_7b*.yaml") if "dpo" not in path.name))
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*_7b_*.yaml") if "dpo" not in path.name))
 def test_every_large_configuration_has_a_dry_run(name):
     found = dry_run_training(load_config(CONFIGS / name), Console(quiet=True))
     assert found["plan"].episodes >= 1
@@ -121,3 +125,23 @@ def test_on_the_command_line(capsys):
     assert "nothing was loaded or written" in " ".join(said.split())
     assert main(["train", "--dry-run", "trainer.ahead=true"]) == 2
     assert "trainer.ahead needs rollout workers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("moshi", 8), ("personaplex", 16)])
+def test_a_folder_whose_configuration_has_no_sizes_is_a_seven_b(tmp_path, capsys, kind, depth):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "version": "7b-v1"}))
+    config = CONFIGS / {"moshi": "moshi_7b_grpo.yaml", "personaplex": "personaplex_7b_grpo.yaml"}[kind]
+    assert main(["train", str(config), f"checkpoint={tmp_path}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"checkpoint {tmp_path}: {tmp_path / 'config.json'}" in said.replace("\n", "")
+    rows = dict(re.findall(r"│ (\w+) \(weights, gradients, optimiser\)\s+│\s+([\d.]+) │", said))
+    assert rows["temporal"] == "12.49"
+    # bfloat16: the attention and feed-forward of 6 layers, what goes in and the logits, for each codebook.
+    codebook = 6 * (4 * 1024 * 1024 + 3 * 1024 * 2816) + 4096 * 1024 + 1024 * 2048
+    assert float(rows["depth"]) == pytest.approx(2 * depth * codebook / 2**30, rel=0.01)
+
+
+def test_it_does_not_wait_for_what_only_a_warm_start_needs():
+    code = "import sys, rlhf_duplex.train_dry_run; print({'trl', 'transformers', 'peft'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parent)
+    assert found.stdout.strip() == "set()"
