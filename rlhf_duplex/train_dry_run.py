@@ -15,6 +15,7 @@ from moshi.models.lm import LMModel
 from rich.console import Console
 from rich.table import Table
 
+from envs.frames import frame_at, frames_in
 from envs.segments import read_manifest
 from rlhf_duplex.batch import Batch
 from rlhf_duplex.config import Config
@@ -39,7 +40,6 @@ from rlhf_duplex.policy.scoring import LOGITS_AT_ONCE
 from rlhf_duplex.run_folder import make_console
 from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
 
-FRAME_RATE = 12.5
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,7 +87,7 @@ def dry_run_training(config: Config, console: Console | None = None) -> dict[str
     half = cluster.mixed_precision == "bfloat16"
     lm, mimi = meta_model(sizes.lm, _TYPES[config.dtype]), meta_mimi(sizes.mimi, config.checkpoint)
     learner = _meta_learner(config, lm)
-    frames, counted = _frames(config)
+    frames, counted = _frames(config, mimi.frame_rate)
     cut = cluster.strategy == "fsdp"
     parts = {name: part.total for name, part in count_memory(lm, plan.learners, cut).items()}
     of_learner = {f"{name} (weights, gradients, optimiser)": size for name, size in parts.items()}
@@ -207,17 +207,21 @@ def _mimi_bytes(mimi: MimiModel) -> tuple[int, int]:
     return sum(4 * p.numel() for p in mimi.parameters()), decoding
 
 
-def _frames(config: Config) -> tuple[int, str]:
-    """Frames of the longest episode, and where that was learned."""
+def _frames(config: Config, frame_rate: float) -> tuple[int, str]:
+    """Frames of the longest episode, each part counted as the environments do, and where that was learned."""
     if config.env == "live":
-        return round((config.live.seconds + config.live.lead_in) * FRAME_RATE), "live dialogues"
+        live = config.live
+        return frames_in(live.lead_in, frame_rate) + frames_in(live.seconds, frame_rate), "live dialogues"
     path = NANO_DATA / "train" / "segments.jsonl" if config.segments == "nano" else Path(config.segments)
     if not path.is_file():
-        return round(config.dry_run.seconds * FRAME_RATE), f"{config.dry_run.seconds:g} s are assumed"
-    longest = max(segment.duration for segment in read_manifest(path))
+        return frames_in(config.dry_run.seconds, frame_rate), f"{config.dry_run.seconds:g} s are assumed"
     context = config.context.max_seconds if config.context.probability > 0 else 0.0
-    seconds = longest + config.context.lead_in + context
-    return round(seconds * FRAME_RATE), f"the longest segment of {path}, with lead-in and context"
+    longest = max(
+        frames_in(segment.duration, frame_rate) + frame_at(min(context, segment.start), frame_rate)
+        for segment in read_manifest(path)
+    )
+    lead_in = frames_in(config.context.lead_in, frame_rate)
+    return lead_in + longest, f"the longest segment of {path}, with lead-in and context"
 
 
 def _seconds(

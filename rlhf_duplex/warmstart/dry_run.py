@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from envs.errors import InputError
+from envs.frames import frames_in
 from rlhf_duplex.data.pair import Pair, read_pairs
 from rlhf_duplex.memory_model import (
     GIB,
@@ -20,13 +21,12 @@ from rlhf_duplex.memory_model import (
     model_config,
     saved_bytes,
 )
+from rlhf_duplex.policy.bundle import meta_mimi
 from rlhf_duplex.policy.lora import add_lora
 from rlhf_duplex.run_folder import make_console
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
-
-FRAME_RATE = 12.5
 
 
 def count_activations(config: WarmstartConfig, arguments: Mapping[str, Any], frames: int) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def dry_run(config: WarmstartConfig, console: Console | None = None) -> dict[str
     lm = meta_model(sizes.lm, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype])
     _prepare(lm, config)
     training = config.training
-    pairs, frames, counted = _pairs(config)
+    pairs, frames, counted = _pairs(config, meta_mimi(sizes.mimi, config.checkpoint).frame_rate)
     memory = count_memory(lm, training.devices, training.fsdp)
     activations, logits = count_activations(config, sizes.lm, frames)
     steps = training.epochs * -(-pairs // training.batch_size)
@@ -113,18 +113,18 @@ def dry_run(config: WarmstartConfig, console: Console | None = None) -> dict[str
     }
 
 
-def _pairs(config: WarmstartConfig) -> tuple[int, int, str]:
+def _pairs(config: WarmstartConfig, frame_rate: float) -> tuple[int, int, str]:
     """Training pairs, frames of the longest, and where that was learned."""
     path, assumed = Path(config.pairs), config.dry_run
     if not path.is_file():
         if not assumed.pairs:
             raise InputError(f"pairs {path} do not exist: make them, or say what to reckon with in dry_run.pairs")
-        return assumed.pairs, round(assumed.seconds * FRAME_RATE), f"of {assumed.seconds:g} s are assumed"
+        return assumed.pairs, frames_in(assumed.seconds, frame_rate), f"of {assumed.seconds:g} s are assumed"
     train = [pair for pair in read_pairs(path) if pair.split == "train"]
     if not train:
         raise InputError("none of the pairs has split 'train': there is nothing to learn from")
     longest = max(p.context.shape[1] + max(p.chosen.shape[1], p.rejected.shape[1]) for p in train)
-    return len(train), longest, f"in {path}, the longest of {longest / FRAME_RATE:.1f} s"
+    return len(train), longest, f"in {path}, the longest of {longest / frame_rate:.1f} s"
 
 
 def _table(memory: Mapping[str, Memory], working: Mapping[str, int], total: int, devices: int, sharded: bool) -> Table:

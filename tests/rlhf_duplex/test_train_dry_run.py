@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from envs.dialogues import padded_user_audio
+from envs.segments import read_manifest, write_manifest
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
+from rlhf_duplex.inputs import NANO_DATA
+from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.step_model import Machine, Size, rollout_seconds, sync_seconds, update_seconds
 from rlhf_duplex.train_dry_run import dry_run_training, make_plan
 
@@ -139,6 +144,29 @@ def test_a_folder_whose_configuration_has_no_sizes_is_a_seven_b(tmp_path, capsys
     # bfloat16: the attention and feed-forward of 6 layers, what goes in and the logits, for each codebook.
     codebook = 6 * (4 * 1024 * 1024 + 3 * 1024 * 2816) + 4096 * 1024 + 1024 * 2048
     assert float(rows["depth"]) == pytest.approx(2 * depth * codebook / 2**30, rel=0.01)
+
+
+def test_frames_are_those_that_are_played(tmp_path, nano):
+    def frames(*keys):
+        found = dry_run_training(load_config(None, [*keys, "rollout.batch_size=1"]), Console(quiet=True))
+        return found["worker"]["keys and values of 1 episodes"] // (2 * 4 * 128 * 4)  # nano's 4 layers, float32
+
+    # Parts are filled up to whole frames apart from one another: 0.3 s are 4 frames, 2.5 s are 32.
+    assert frames("env=live", "live.lead_in=0.3", "live.seconds=2.5") == 4 + 32
+    none = f"segments={tmp_path / 'none.jsonl'}"
+    assert frames(none, "dry_run.seconds=2.32") == 29
+    context = ["context.lead_in=0.3", "context.probability=1", "context.max_seconds=3"]
+    segments = read_manifest(NANO_DATA / "train" / "segments.jsonl")[:8]
+    write_manifest(tmp_path / "segments.jsonl", segments)
+    played = []
+    for segment in segments:
+        before = int(min(3.0, segment.start) * 12.5 + 1e-6)
+        played.append(len(padded_user_audio(segment, nano.codec, 0.3, before)) // nano.codec.frame_samples)
+    assert frames(*context, f"segments={tmp_path / 'segments.jsonl'}") == max(played)
+    folder = shutil.copytree(NANO_FOLDER, tmp_path / "bundle")
+    mimi = json.loads((folder / "mimi_config.json").read_text()) | {"frame_rate": 25.0}
+    (folder / "mimi_config.json").write_text(json.dumps(mimi))
+    assert frames(none, "dry_run.seconds=2.33", f"checkpoint={folder}") == 59
 
 
 def test_it_does_not_wait_for_what_only_a_warm_start_needs():

@@ -1,5 +1,7 @@
 """The dry run of a warm start, with the 7B's figures."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from rich.console import Console
 
 from envs.errors import InputError
 from rlhf_duplex.cli import main
+from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.warmstart.config import load_warmstart_config
 from rlhf_duplex.warmstart.dry_run import dry_run
 
@@ -51,6 +54,22 @@ def test_mistakes(tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
     assert main(["warmstart", "training.batch_size=0", "--dry-run"]) == 2
     assert "training.batch_size must be above 0" in capsys.readouterr().err
+
+
+def test_frames_are_counted_at_the_rate_of_the_checkpoints_mimi(tmp_path):
+    folder = shutil.copytree(NANO_FOLDER, tmp_path / "bundle")
+
+    def frames(seconds, checkpoint=folder):
+        keys = [f"checkpoint={checkpoint}", f"pairs={tmp_path / 'none'}", "dry_run.pairs=1"]
+        return dry_run(load_warmstart_config(None, [*keys, f"dry_run.seconds={seconds}"]), Console(quiet=True))[
+            "frames"
+        ]
+
+    # 2.32 s are 29 frames of 0.08 s, a part of one more is a 30th; 7B: Moshi's own Mimi.
+    assert (frames(2.32), frames(2.33), frames(2.32, SEVEN_B)) == (29, 30, 29)
+    mimi = json.loads((folder / "mimi_config.json").read_text()) | {"frame_rate": 25.0}
+    (folder / "mimi_config.json").write_text(json.dumps(mimi))
+    assert frames(2.33) == 59
 
 
 def test_a_folder_whose_configuration_has_no_sizes_is_a_seven_b(tmp_path, capsys):
