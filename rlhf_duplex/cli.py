@@ -153,9 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not.
 
-    `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1 where trials failed (it says which). A
-    signal ends `train`, `warmstart` and `ablate` with 0, since all is saved that it takes to go on (whoever chains them
-    wants `pipeline`, which tells), the others with 130.
+    A full disk is among what the user can fix. `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1
+    where trials failed (it says which). A signal ends `train`, `warmstart` and `ablate` with 0, since all is saved that
+    it takes to go on (whoever chains them wants `pipeline`, which tells), the others with 130 and one line.
     """
     parser = build_parser()
     options, left = parser.parse_known_args(arguments)
@@ -167,13 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in vars(options).items():
         if isinstance(value, Path):  # a shell leaves `--out=~/x` and quoted paths as they are
             setattr(options, name, value.expanduser())
-    from envs.errors import InputError
-
     try:
-        return _run(options)
-    except InputError as error:
-        print(f"rlhf-duplex: {error}", file=sys.stderr)
-        return 2
+        return _caught(options)
     except KeyboardInterrupt:
         print(
             "rlhf-duplex: stopped; training that has a checkpoint goes on with resume=true, the rest with the same "
@@ -181,6 +176,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _caught(options: argparse.Namespace) -> int:
+    from envs.errors import InputError  # seconds of imports, in which Ctrl-C is a line, too
+
+    try:
+        return _run(options)
+    except InputError as error:
+        print(f"rlhf-duplex: {error}", file=sys.stderr)
+        return 2
     except Exception as error:
         if "No space left on device" not in str(error) and getattr(error, "errno", None) != errno.EDQUOT:
             raise  # safetensors has an error of its own for a full disk
@@ -231,7 +236,7 @@ def _run(options: argparse.Namespace) -> int:
     from rlhf_duplex.config import load_config
 
     config = load_config(path, overrides)
-    if options.command == "train" and options.dry_run:
+    if options.dry_run:
         from rlhf_duplex.train_dry_run import dry_run_training
 
         dry_run_training(config)

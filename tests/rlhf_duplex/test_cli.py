@@ -343,6 +343,17 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
         main(["train"])
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def train(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_duplex.run.train", train)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "rlhf-duplex: stopped; training goes on with resume=true, the rest with the same command"
+    ]
+
+
 def test_a_report_of_nothing(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
