@@ -1,13 +1,13 @@
 """Reading and writing audio: one channel of a recording, checked, at the sample rate that is asked for."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from envs.errors import InputError
+from envs.files import replacing
 from envs.frames import samples_in
 
 # Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
@@ -93,11 +93,9 @@ def resample(audio: np.ndarray, source_rate: int, target_rate: int) -> np.ndarra
 
 
 def write_audio(path: Path, audio: np.ndarray, sample_rate: int) -> None:
-    """Write `(N,)` or `(N, channels)` audio, atomically (temporary name, then rename).
+    """Write `(N,)` or `(N, channels)` audio, all or nothing.
 
     16-bit FLAC: lossless for everything that came from 16-bit audio, and half the size of WAV.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    soundfile.write(str(temporary), np.clip(audio, -1.0, 1.0), sample_rate)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        soundfile.write(str(temporary), np.clip(audio, -1.0, 1.0), sample_rate, format=path.suffix[1:])

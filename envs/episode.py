@@ -1,8 +1,6 @@
 """An episode: one finished dialogue, with everything that rewards and learners need and no model."""
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,7 @@ import soundfile
 
 from envs.audio import write_audio
 from envs.errors import InputError
-from envs.files import write_text
+from envs.files import replacing, write_text
 from envs.frames import frame_at
 from envs.segments import Segment, parse_segment
 from envs.speech import Interval, SpeechDetector
@@ -98,21 +96,15 @@ class Episode:
         """Write `episode.json`, `audio.flac` (left agent, right user) and `tokens.safetensors`, all or nothing."""
         from safetensors.numpy import save_file
 
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         length = max(len(self.user_audio), len(self.agent_audio))
         stereo = np.zeros((length, 2), dtype=np.float32)
         stereo[: len(self.agent_audio), 0] = self.agent_audio
         stereo[: len(self.user_audio), 1] = self.user_audio
-        write_audio(temporary / "audio.flac", stereo, self.sample_rate)
         tokens = {
             name: np.ascontiguousarray(value)
             for name in ("text_tokens", "audio_tokens", "log_probs")
             if (value := getattr(self, name)) is not None
         }
-        save_file(tokens, str(temporary / "tokens.safetensors"))
         record = {
             # The recordings stay where they are: absolute paths, so that the episode can be moved.
             "segment": self.segment.to_json()
@@ -130,9 +122,10 @@ class Episode:
             "policy_version": self.policy_version,
             "samples": [len(self.user_audio), len(self.agent_audio)],
         }
-        write_text(temporary / "episode.json", json.dumps(record, ensure_ascii=False))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with replacing(Path(folder)) as temporary:
+            write_audio(temporary / "audio.flac", stereo, self.sample_rate)
+            save_file(tokens, str(temporary / "tokens.safetensors"))
+            write_text(temporary / "episode.json", json.dumps(record, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder: Path) -> "Episode":

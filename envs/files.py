@@ -1,9 +1,12 @@
-"""Files written whole (under a temporary name, then renamed), and lists read line by line."""
+"""Files and folders written whole (under a temporary name, then renamed), and lists read line by line."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,18 +15,48 @@ from envs.errors import InputError
 _Item = TypeVar("_Item")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write a file, a folder or a link to, which then takes the place of `path`.
+
+    Whoever reads `path` meanwhile, or after a crash, finds the old one or the new one (of a folder none, for the moment
+    between two renames). Where the writing ends with an exception, the old one stays and nothing is left of the new
+    one. Folders above are made. The name has no suffix by which a search for recordings, say, would find it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")  # threads and other machines write here, too
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        yield temporary
+        if _is_folder(temporary) and _is_folder(path):  # os.replace puts a folder in the place of an empty one only
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        if _is_folder(old) and not path.exists():  # stopped between the two
+            os.replace(old, path)
+        _remove(temporary)
+        _remove(old)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):  # none was written; or it cannot be removed, and what went wrong before says more
+            path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`; whoever reads it meanwhile, or after a crash, finds the old file or the new one.
 
     Folders above it are made; what UTF-8 cannot hold (half a surrogate pair of a broken transcript) becomes "?".
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_replaced(path: Path, kind: str, keys: set[str]) -> None:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from envs.errors import InputError
+from envs.files import write_text
 from rewards.rubric import Rubric, Verdict, check_answer
 
 log = logging.getLogger(__name__)
@@ -226,11 +226,8 @@ class VerdictCache:
         if rubric.text:
             record[rubric.text] = verdict.text
         path = self._path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, json.dumps(record))
         except OSError as error:
             log.warning("the judge's cache %s cannot be written (%s): verdicts are not kept", path.parent, error)
 

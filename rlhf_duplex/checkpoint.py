@@ -9,7 +9,6 @@ random numbers. `checkpoints/best` points to the best, and `best.json` says why.
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
+from envs.files import replacing, write_text
 from rlhf_duplex.learner import Learner
 from rlhf_duplex.policy.bundle import Bundle, check_bundle, local_info
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, merged_weights
@@ -34,16 +34,14 @@ def save_checkpoint(run_dir: Path, update: int, bundle: Bundle, learner: Learner
     weights, state = learner.weights(), learner.state()
     if learner.parallel.rank:
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    bundle.save(temporary, weights=merged_weights(bundle.lm, weights))
-    if learner.adapters:
-        save_file(adapter_weights(weights), str(temporary / LORA_NAME))
-    save_file(state, str(temporary / "optimiser.safetensors"))
-    if learner.critic is not None:
-        save_file(learner.critic.state(), str(temporary / VALUE_NAME))
-    (temporary / "trainer.json").write_text(json.dumps({"update": update}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with replacing(folder) as temporary:
+        bundle.save(temporary, weights=merged_weights(bundle.lm, weights))
+        if learner.adapters:
+            save_file(adapter_weights(weights), str(temporary / LORA_NAME))
+        save_file(state, str(temporary / "optimiser.safetensors"))
+        if learner.critic is not None:
+            save_file(learner.critic.state(), str(temporary / VALUE_NAME))
+        (temporary / "trainer.json").write_text(json.dumps({"update": update}) + "\n")
     return folder
 
 
@@ -67,16 +65,14 @@ def mark_best(run_dir: Path, folder: Path, metric: str, value: float) -> bool:
         known = json.loads(record.read_text())
         if known["metric"] == metric and known["value"] >= value and best != folder:
             return False
-    _replace(record, lambda path: path.write_text(json.dumps({"step": folder.name, "metric": metric, "value": value})))
-    _replace(run_dir / "checkpoints" / "best", lambda path: path.symlink_to(folder.name))
+    write_text(record, json.dumps({"step": folder.name, "metric": metric, "value": value}))
+    _point(run_dir / "checkpoints" / "best", folder)
     return True
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    write(temporary)
-    os.replace(temporary, path)
+def _point(link: Path, folder: Path) -> None:
+    with replacing(link) as temporary:
+        temporary.symlink_to(folder.name)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -94,7 +90,7 @@ def prune(run_dir: Path, keep: int) -> None:
     folder, best = run_dir / "checkpoints", best_checkpoint(run_dir)
     link = folder / "best"
     if best is not None and (not link.is_symlink() or os.readlink(link) != best.name):  # killed between the two
-        _replace(link, lambda path: path.symlink_to(best.name))
+        _point(link, best)
     for old in [*sorted(folder.glob(_PATTERN))[:-keep], *folder.glob(".*step_*")]:
         if old != best:
             shutil.rmtree(old)

@@ -5,7 +5,6 @@ as `file://` and a path: that path is written out whole, so an exported folder i
 """
 
 import json
-import os
 import shlex
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from envs.errors import InputError
+from envs.files import replacing, write_text
 from rlhf_duplex.policy.bundle import NANO, check_bundle, find_bundle, load_bundle, local_info, weights_digest
 from rlhf_duplex.policy.lora import LORA_NAME, export_moshi_lora
 from rlhf_duplex.policy.personaplex import fuse_projections, is_personaplex
@@ -155,14 +155,12 @@ def run(checkpoint: str, to: Path, lora: bool = False, dtype: str | None = None)
 @contextmanager
 def _written_whole(to: Path) -> Iterator[Path]:
     """A folder beside `to` that takes its name once everything is in it."""
-    temporary = to.with_name(f".{to.name}.export.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, to)
+        with replacing(to) as temporary:
+            yield temporary
+            _free(to)  # still: what came to lie there meanwhile is not replaced
     except OSError as error:
         raise InputError(f"{to} cannot be written ({error}): choose another with --to") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _free(folder: Path) -> Path:
@@ -227,6 +225,4 @@ def _name_mimi_config(folder: Path, place: Path) -> None:
     config = json.loads(path.read_text())
     if "mimi_config_name" in config:
         config["mimi_config_name"] = f"file://{place / Path(config['mimi_config_name']).name}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(config, indent=2) + "\n")

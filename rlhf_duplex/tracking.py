@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InputError
+from envs.files import write_text
 
 
 class MetricsLog:
@@ -32,9 +33,7 @@ class MetricsLog:
         self._rewrite([line for line in read_metrics(self.path) if line["update"] <= keep_updates])
 
     def _rewrite(self, kept: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, update: int, metrics: dict[str, float]) -> None:
         """One update's metrics; the line is on disk when this returns."""

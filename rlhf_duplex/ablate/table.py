@@ -1,6 +1,5 @@
 """The tidy table of an ablation: one row a trial and metric, as CSV and Parquet."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from envs.errors import InputError
+from envs.files import replacing
 from rlhf_duplex.ablate.plan import Plan, condition_values
 from rlhf_duplex.ablate.trial import Record, read_record
 from rlhf_duplex.evaluation.metrics import change, read_results
@@ -71,13 +71,12 @@ def write_table(table: pd.DataFrame, folder: Path, name: str = "table") -> list[
     """Write NAME.csv and NAME.parquet, each whole or not at all."""
     paths = [folder / f"{name}.csv", folder / f"{name}.parquet"]
     for path in paths:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            if path.suffix == ".csv":
-                table.to_csv(temporary, index=False, errors="replace")
-            else:
-                table.to_parquet(temporary, index=False)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                if path.suffix == ".csv":
+                    table.to_csv(temporary, index=False, errors="replace")
+                else:
+                    table.to_parquet(temporary, index=False)
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error})") from error
     return paths

@@ -7,7 +7,6 @@ anew. Codes do not depend on the manifest, the recording's name or the run, so t
 
 import hashlib
 import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from envs.codec import Codec
 from envs.errors import InputError
+from envs.files import replacing
 from rlhf_duplex.policy.codec import MimiCodec, mimi_fingerprint
 
 
@@ -97,11 +97,9 @@ class CodeCache:
 
     def _write(self, path: Path, digest: str, codes: torch.Tensor) -> None:
         small = codes.to(torch.int16 if self.codec.audio_cardinality < 2**15 else torch.int32).contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # threads and other machines write here, too
         metadata = {"audio": digest, "codec": self._codec_key, "checksum": _checksum(small)}
-        save_file({"codes": small}, str(temporary), metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({"codes": small}, str(temporary), metadata)
 
 
 def _checksum(codes: torch.Tensor) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from envs.audio import audio_info
 from envs.episode import Word
 from envs.errors import InputError
+from envs.files import write_text
 from envs.speech import Interval, SileroDetector
 from envs.streaming import stream_speech
 from envs.utterances import clip_intervals
@@ -44,9 +44,7 @@ class Detection:
 
     def save(self, path: Path) -> None:
         """Write it, all or nothing."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Detection | None":

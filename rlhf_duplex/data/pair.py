@@ -17,7 +17,6 @@ Shape letters: `K` streams of a frame; `Tc`, `Tw`, `Tl` frames of context, chose
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from envs.errors import InputError
-from envs.files import read_json_lines, write_text
+from envs.files import read_json_lines, replacing, write_text
 from envs.segments import SEGMENT_AXES
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.codec import mimi_fingerprint
@@ -176,8 +175,8 @@ def write_pairs(path: Path, pairs: Sequence[Pair], streams: StreamFormat) -> Non
         data = save(tensors)
         shard = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         kept.add(shard)
-        folder.mkdir(exist_ok=True)
-        _replace(shard, data)
+        with replacing(shard) as temporary:
+            temporary.write_bytes(data)
         lines += [_line(pair, f"{folder.name}/{shard.name}", streams) for pair in part]
     write_text(path, "".join(lines))
     for old in set(folder.glob("*.safetensors")) - kept:
@@ -187,12 +186,6 @@ def write_pairs(path: Path, pairs: Sequence[Pair], streams: StreamFormat) -> Non
 def shard_folder(path: Path) -> Path:
     """Where the tokens of a file of pairs lie: `pairs.shards` for `pairs.jsonl`."""
     return path.with_name(f"{path.stem}.shards")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _line(pair: Pair, shard: str, streams: StreamFormat) -> str:

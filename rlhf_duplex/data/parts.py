@@ -6,7 +6,6 @@ in. A finished run removes it.
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from envs.files import replacing
 from rlhf_duplex.data.pair import Pair
 
 _PARTS = ("context", "chosen", "rejected")
@@ -95,11 +95,8 @@ class PartStore:
             for index, pair in enumerate(part.pairs)
             for name in _PARTS
         }
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(save(tensors, metadata={"part": record}))
-        os.replace(temporary, path)
+        with replacing(self._path(key)) as temporary:
+            temporary.write_bytes(save(tensors, metadata={"part": record}))
 
     def remove(self) -> None:
         """Forget everything of this folder, and the folder above if nothing else is in it."""

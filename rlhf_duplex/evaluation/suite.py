@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.episode import Episode
-from envs.files import file_name, write_text
+from envs.files import file_name, replacing, write_text
 from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
@@ -109,10 +109,8 @@ def take_before(config: Config, run_dir: Path) -> dict[str, Any]:
     folder = run_dir / "evaluation"
     if source.with_suffix("").is_dir():
         shutil.copytree(source.with_suffix(""), folder / "before", dirs_exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".before.{os.getpid()}"
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, folder / "before.json")  # last, and whole: it says that the evaluation is there
+    with replacing(folder / "before.json") as temporary:  # last, and whole: it says that the evaluation is there
+        shutil.copyfile(source, temporary)
     return record
 
 

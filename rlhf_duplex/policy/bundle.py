@@ -7,7 +7,6 @@ A bundle holds `config.json`, the language model and Mimi as safetensors, and th
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from envs.errors import InputError
+from envs.files import replacing
 from rlhf_duplex.policy.bundle_config import (
     NAMES,
     NOT_LM,
@@ -73,22 +73,18 @@ class Bundle:
             dtype: of the language model's floating-point weights on disk; None keeps what they have in memory.
             weights: of the language model, where they are not those in memory (adapters merged, shards gathered).
         """
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         config = self.config | {key: name for key, name in NAMES.items() if key != "mimi_config_name"}
         config.pop("mimi_config_name", None)
-        if self.mimi_config is not None:
-            config["mimi_config_name"] = NAMES["mimi_config_name"]
-            (temporary / NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         lm_weights = self.lm.state_dict() if weights is None else weights
-        save_file(_on_disk(lm_weights, dtype), str(temporary / NAMES["moshi_name"]))
-        save_file(_on_disk(self.mimi.state_dict(), None), str(temporary / NAMES["mimi_name"]))
-        (temporary / NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with replacing(Path(folder)) as temporary:
+            temporary.mkdir()
+            if self.mimi_config is not None:
+                config["mimi_config_name"] = NAMES["mimi_config_name"]
+                (temporary / NAMES["mimi_config_name"]).write_text(json.dumps(self.mimi_config, indent=2) + "\n")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(_on_disk(lm_weights, dtype), str(temporary / NAMES["moshi_name"]))
+            save_file(_on_disk(self.mimi.state_dict(), None), str(temporary / NAMES["mimi_name"]))
+            (temporary / NAMES["tokenizer_name"]).write_bytes(self.tokenizer.serialized_model_proto())
 
 
 def _on_disk(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

@@ -11,8 +11,6 @@ its weight there). The scale of an adapter is `scaling`, alpha / rank in PEFT's 
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from envs.errors import InputError
+from envs.files import replacing
 
 FLAVOURS = ("moshi", "peft")
 PARTS = ("temporal", "depth", "embeddings")
@@ -264,12 +263,9 @@ def export_moshi_lora(
             up = torch.zeros(module.out_features, rank, dtype=module.weight.dtype)
         found[f"{base}.lora_A.weight"] = down.detach().cpu().contiguous().clone()
         found[f"{base}.lora_B.weight"] = up.detach().cpu().contiguous().clone()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(found, str(temporary / LORA_NAME))
     server = {**config, "lora": True, "lora_rank": rank, "lora_scaling": scaling, "lora_name": LORA_NAME}
-    (temporary / "config.json").write_text(json.dumps(server, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file(found, str(temporary / LORA_NAME))
+        (temporary / "config.json").write_text(json.dumps(server, indent=2) + "\n")
     return folder / LORA_NAME

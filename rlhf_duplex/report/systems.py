@@ -1,6 +1,5 @@
 """The page of `evaluate`: checkpoints side by side, their distributions, and the worst cases to look at and hear."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from envs.errors import InputError
+from envs.files import write_text
 from rlhf_duplex.evaluation.cases import Case, load_cases
 from rlhf_duplex.evaluation.comparison import compare, rows
 from rlhf_duplex.evaluation.full_duplex_bench.leaderboard import columns, leaderboard
@@ -51,10 +51,8 @@ def build_systems_page(out: Path, results: Mapping[str, Mapping[str, Any]]) -> P
         cases=_cases(out, list(results)),
     )
     path = out / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
         raise InputError(f"report {path} cannot be written ({error})") from error
     return path

@@ -1,7 +1,6 @@
 """Log-probabilities of all pairs under the reference, computed once and kept in a file bound to what they depend on."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from envs.files import replacing
 from rlhf_duplex.data.pair import Pair
 from rlhf_duplex.policy.lora import merge_weights
 from rlhf_duplex.warmstart.config import WarmstartConfig
@@ -62,10 +62,8 @@ def read_references(path: Path, key: str) -> torch.Tensor | None:
 
 def write_references(path: Path, key: str, log_probs: torch.Tensor) -> None:
     """Keep log-probabilities `(pairs, 2)` of chosen and rejected; the file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"log_probs": log_probs}, str(temporary), metadata={"key": key})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({"log_probs": log_probs}, str(temporary), metadata={"key": key})
 
 
 @torch.no_grad()

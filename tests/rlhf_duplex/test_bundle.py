@@ -1,6 +1,8 @@
 """Bundles: Moshi's own loader reads what we write, and what is wrong with one is said in a line."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -33,6 +35,20 @@ def test_sizes_are_read_from_the_bundle(nano):
 
 def test_nano_is_small_enough_to_ship():
     assert sum(p.stat().st_size for p in NANO_FOLDER.iterdir()) < 10e6
+
+
+def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(nano, copy, monkeypatch):
+    def full(weights, path, *_):
+        save_file({"some": torch.zeros(1)}, path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path: path.read_bytes() for path in copy.iterdir()}
+    monkeypatch.setattr("rlhf_duplex.policy.bundle.save_file", full)
+    for folder in (copy, copy.with_name("new")):
+        with pytest.raises(OSError, match="No space left"):
+            nano.save(folder)
+    assert [path.name for path in copy.parent.iterdir()] == ["bundle"]
+    assert {path: path.read_bytes() for path in copy.iterdir()} == before
 
 
 def test_save_and_load_are_exact_and_moshi_reads_it(nano, tmp_path):

@@ -4,7 +4,6 @@ A lead-in of silence is played before each input and cut off again, with what th
 where input.wav does and lasts as long. The lead-in moves the figures, so every result states it.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import soundfile
 
 from envs.audio import resample
 from envs.episode import Episode, Word
+from envs.files import replacing
 from envs.frames import samples_in
 from envs.speech import SpeechDetector
 from envs.vector import DuplexDialogueVectorEnv
@@ -63,15 +63,12 @@ def _write(sample: Sample, episode: Episode, words: Sequence[Word], root: Path) 
     audio = np.zeros(count, dtype=np.float32)
     heard = episode.agent_audio[samples_in(episode.scored_from, episode.sample_rate) :][:count]
     audio[: len(heard)] = heard
-    audio_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = audio_path.with_name(f".{audio_path.stem}.{os.getpid()}.wav")
-    soundfile.write(str(temporary), resample(audio, episode.sample_rate, OUTPUT_RATE), OUTPUT_RATE, subtype="PCM_16")
     shifted = [Word(w.text, w.start - episode.scored_from, w.end - episode.scored_from) for w in words]
     inside = [word for word in shifted if 0 <= word.start < sample.seconds]
-    hidden = words_path.with_name(f".{words_path.name}.{os.getpid()}")
-    write_words(hidden, [Word(w.text, w.start, min(w.end, sample.seconds)) for w in inside])
-    os.replace(hidden, words_path)
-    os.replace(temporary, audio_path)  # last: where it is, the sample is whole
+    resampled = resample(audio, episode.sample_rate, OUTPUT_RATE)
+    with replacing(audio_path) as temporary:  # in place last: where it is, the sample is whole
+        soundfile.write(str(temporary), resampled, OUTPUT_RATE, format="WAV", subtype="PCM_16")
+        write_words(words_path, [Word(w.text, w.start, min(w.end, sample.seconds)) for w in inside])
 
 
 def transcribe_outputs(
