@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.files import write_text
 from rlhf_duplex.report.charts import line_chart, trailing_mean
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(method, seed, options.out.resolve(), options.overrides)
     text = table(options.out)
     for name, content in (("table.md", text + "\n"), ("algorithms.html", page(options.out, text))):
-        temporary = options.out / f".{name}.{os.getpid()}"
-        temporary.write_text(content)
-        os.replace(temporary, options.out / name)
+        write_text(options.out / name, content)
     print(text)
     print(f"wrote {options.out / 'table.md'} and {options.out / 'algorithms.html'}")
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from envs.files import write_text
 from experiments.judge.server import MODEL, JudgeServer
 
 CONFIG = Path(__file__).parent / "nano_content.yaml"
@@ -95,9 +95,7 @@ def main() -> None:
         ("comparison.json", json.dumps({"model": MODEL, "seeds": options.seeds, "runs": results}, indent=1)),
         ("comparison.md", text),
     ):
-        temporary = options.out / f".{name}.{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, options.out / name)
+        write_text(options.out / name, content)
     print(text)
     print(f"wrote {options.out / 'comparison.json'} and {options.out / 'comparison.md'}")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.files import replacing
+
 from .dialogues import AgentVoice, Spoken
 from .sentences import Piece
 from .voices import Voice
@@ -38,10 +40,9 @@ def save(path: Path, bank: Bank) -> None:
         audio.extend(renditions)
         described["agent"][text] = len(renditions)
     samples = np.clip(np.concatenate(audio) * 32767, -32768, 32767).round().astype(np.int16)
-    temporary = path.with_name("new-" + path.name)
     lengths = np.array([len(part) for part in audio])
-    np.savez(temporary, samples=samples, lengths=lengths, described=np.array(json.dumps(described)))
-    temporary.replace(path)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # to a name, NumPy would add a suffix
+        np.savez(file, samples=samples, lengths=lengths, described=np.array(json.dumps(described)))
 
 
 def load(path: Path) -> Bank:

@@ -21,6 +21,8 @@ from moshi.models.loaders import get_mimi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from envs.files import replacing
+
 SAMPLE_RATE = 8000
 FRAME_SIZE = 640  # 80 ms
 CODEBOOKS = 8
@@ -183,9 +185,8 @@ def save(mimi: MimiModel, path: Path, average: Average | None = None, dtype: tor
         usage = name.replace("embedding_sum", "cluster_usage")
         state[name] = state[name] / state[usage].clamp(min=1e-5)[:, None]
         state[usage] = torch.ones_like(state[usage])
-    temporary = path.with_suffix(".tmp")
-    save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, temporary)
 
 
 def load(path: Path) -> MimiModel:

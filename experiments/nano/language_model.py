@@ -19,6 +19,8 @@ from moshi.models.lm_utils import _delay_sequence
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from envs.files import replacing
+
 from .codec import BINS, CODEBOOKS, FRAME_SIZE, SAMPLE_RATE
 from .dialogues import NOISE_LEVELS, STATES, AgentVoice, Line, Looseness, Track, behave_loosely, room_noise, speak_on
 from .tokenizer import EPAD, PAD, PIECES
@@ -327,6 +329,6 @@ def audio_weight(lines: list[Line], frames: int, rng: np.random.Generator) -> np
 
 def save(model: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the weights as safetensors, through a temporary name."""
-    temporary = path.with_suffix(".tmp")
-    save_file({name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}, temporary)
-    temporary.replace(path)
+    weights = {name: value.detach().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(weights, temporary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import av
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from envs.files import replacing
 
 from . import codec, language_model
 from .dialogues import (
@@ -39,26 +40,24 @@ BIT_RATE = 14_000  # of both channels together
 
 def write_bundle(folder: Path, lm: Path, mimi: Path, tokenizer: Path, card: str) -> None:
     """Put together config, weights in 16 bits, tokenizer and model card; the old folder is replaced in one go."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    config = {
-        **language_model.CONFIG,
-        "moshi_name": "model.safetensors",
-        "mimi_name": "mimi.safetensors",
-        "mimi_config_name": "mimi_config.json",
-        "tokenizer_name": "tokenizer.model",
-        "lm_gen_config": {"temp": 0.8, "temp_text": 0.7, "top_k": 250, "top_k_text": 0},
-        "model_type": "moshi",
-    }
-    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (fresh / "mimi_config.json").write_text(json.dumps(codec.CONFIG, indent=2) + "\n")
-    state = {name: value.to(torch.bfloat16) for name, value in load_file(lm).items()}
-    save_file(state, fresh / "model.safetensors")
-    codec.save(codec.load(mimi), fresh / "mimi.safetensors", dtype=torch.float16)
-    shutil.copy(tokenizer, fresh / "tokenizer.model")
-    (fresh / "MODEL_CARD.md").write_text(card)
-    _replace(fresh, folder)
+    with replacing(folder) as fresh:
+        fresh.mkdir()
+        config = {
+            **language_model.CONFIG,
+            "moshi_name": "model.safetensors",
+            "mimi_name": "mimi.safetensors",
+            "mimi_config_name": "mimi_config.json",
+            "tokenizer_name": "tokenizer.model",
+            "lm_gen_config": {"temp": 0.8, "temp_text": 0.7, "top_k": 250, "top_k_text": 0},
+            "model_type": "moshi",
+        }
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (fresh / "mimi_config.json").write_text(json.dumps(codec.CONFIG, indent=2) + "\n")
+        state = {name: value.to(torch.bfloat16) for name, value in load_file(lm).items()}
+        save_file(state, fresh / "model.safetensors")
+        codec.save(codec.load(mimi), fresh / "mimi.safetensors", dtype=torch.float16)
+        shutil.copy(tokenizer, fresh / "tokenizer.model")
+        (fresh / "MODEL_CARD.md").write_text(card)
 
 
 def recording(
@@ -155,22 +154,10 @@ def write_opus(path: Path, audio: np.ndarray) -> None:
     container.close()
 
 
-def _replace(fresh: Path, folder: Path) -> None:
-    """Swap a finished folder in; a reader sees the old one or the new one."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_data(
     folder: Path, train: list[Spoken], held_out: list[Spoken], agent: AgentVoice, counts: tuple[int, int]
 ) -> None:
     """`train/` and `heldout/` under `folder`; counts: segments an axis in each."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    write_recordings(fresh / "train", train, agent, counts[0], 101, "train")
-    write_recordings(fresh / "heldout", held_out, agent, counts[1], 102, "heldout")
-    _replace(fresh, folder)
+    with replacing(folder) as fresh:
+        write_recordings(fresh / "train", train, agent, counts[0], 101, "train")
+        write_recordings(fresh / "heldout", held_out, agent, counts[1], 102, "heldout")
