@@ -309,7 +309,7 @@ class PreferenceTrainer(DPOTrainer):
                     callback.flush(self.state)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
-            stale = folder.parent.glob(".step_*")
+            stale = folder.parent.glob(".*step_*")  # and what a kill left of writing in them
             for old in [*sorted(folder.parent.glob("step_*"))[: -self.config.checkpointing.keep], *stale]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
