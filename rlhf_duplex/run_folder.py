@@ -54,10 +54,7 @@ def prepare_run_dir(
         known = ("metrics.jsonl", "evaluation", "checkpoints")
         if not config.resume and any((run_dir / name).exists() for name in known):
             keep_old(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".probe.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        make_writable(run_dir)
         if config.resume:
             check(config, run_dir / "config.yaml")
         if files is not None:
@@ -69,6 +66,23 @@ def prepare_run_dir(
             f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
         ) from error
     return run_dir
+
+
+def make_writable(run_dir: Path) -> None:
+    """Make a run folder, and see that something can be written in it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".probe.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"run folder {run_dir} cannot be written ({error}): choose another with run_dir=..."
+        ) from error
 
 
 def _read_by(config: Any) -> dict[str, str | None]:

@@ -3,11 +3,9 @@
 Started again, it goes on: finished trials are never run again, one that was interrupted goes on from its checkpoint.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from envs.errors import InputError
 from envs.files import write_text
 from rlhf_duplex.ablate.plan import Condition, Plan, Trial, as_arguments, condition_values, describe, make_trial
 from rlhf_duplex.ablate.ray_tune import AshaConfig
@@ -50,12 +47,13 @@ def ablate(plan: Plan, console: Console | None = None, retry_failed: bool = Fals
     Raises:
         InputError: the folder holds another ablation, is in use, or cannot be written.
     """
-    from rlhf_duplex.run_folder import make_console, stop_requests
+    from rlhf_duplex.run_folder import claimed, make_console, make_writable, stop_requests
 
     console = console or make_console()
     for trial in plan.trials:
         check_same(trial.name, trial.config)
-    with _lock(plan.run_dir):
+    with claimed(plan.run_dir):
+        make_writable(plan.run_dir)
         if retry_failed:
             _forget_failures(plan)
         for skipped in plan.skipped:
@@ -88,22 +86,6 @@ def show_plan(plan: Plan, console: Console) -> None:
     for skipped in plan.skipped:
         console.print(f"left out: {skipped.name}: {skipped.why}", soft_wrap=True)
     console.print(f"{len(plan.trials)} trials in {plan.run_dir}")
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """The ablation's folder, for one command at a time; the system lets go of it when the process ends."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{root} cannot be written ({error}): choose another folder with run_dir=...") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another ablate is running in {root}: wait for it, or choose run_dir=...") from None
-        yield
 
 
 def _forget_failures(plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """Ablations with real trials in their own processes: failures of every kind, kills, Ray."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,11 +18,11 @@ from envs.errors import InputError
 from envs.files import write_text
 from envs.segments import write_manifest
 from rlhf_duplex.ablate.plan import load_plan
-from rlhf_duplex.ablate.run import _lock, ablate, show_plan
+from rlhf_duplex.ablate.run import ablate, show_plan
 from rlhf_duplex.ablate.trial import Record, read_record, write_record
 from rlhf_duplex.cli import main
 from rlhf_duplex.config_files import to_yaml
-from rlhf_duplex.run_folder import make_console
+from rlhf_duplex.run_folder import claimed, make_console
 
 pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
 ROOT = Path(__file__).parents[2]
@@ -170,13 +171,21 @@ def test_the_policy_before_training_is_taken_not_played_again(ended, begin):
     assert kept == sorted(p.relative_to(mine) for p in mine.rglob("*.json") if "after" not in str(p.relative_to(mine)))
 
 
-def test_one_command_at_a_time(ended, tmp_path):
+def test_one_command_at_a_time(ended, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     plan = copy_of(ended, tmp_path)
-    with _lock(plan.run_dir), pytest.raises(InputError, match="another ablate is running in"):
+    with claimed(plan.run_dir), pytest.raises(InputError, match="another run is writing to"):
         ablate(plan)
+    monkeypatch.setattr("rlhf_duplex.run_folder.fcntl.flock", no_locks)
+    assert ablate(plan) == plan.run_dir  # a file system without locks
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # the lock is gone
+    path = ended.run_dir.parent / "ablation.yaml"
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot be written"), _lock(tmp_path / "file" / "run"):
-        pass
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="cannot be written"):
+            ablate(load_plan(path, [f"run_dir={folder}"]))
 
 
 def test_another_configuration_in_the_same_folder_is_refused(ended, tmp_path):
