@@ -153,9 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command: exit code 0, 2 with one line for what the user can fix, 1 with a traceback for what not.
 
-    A full disk is among what the user can fix. `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with 1
-    where trials failed (it says which). A signal ends `train`, `warmstart` and `ablate` with 0, since all is saved that
-    it takes to go on (whoever chains them wants `pipeline`, which tells), the others with 130 and one line.
+    A full disk is among what the user can fix. `evaluate --fail-if` ends with 3 where a condition holds, `ablate` with
+    1 where trials failed (it says which). A signal ends `train`, `warmstart` and `ablate` with 0, since all is saved
+    that it takes to go on (whoever chains them wants `pipeline`, which tells), the others with 130 and one line.
     """
     parser = build_parser()
     options, left = parser.parse_known_args(arguments)
