@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from envs.errors import InputError
+from rlhf_duplex.options import option
 
 
 @dataclass
@@ -30,17 +31,17 @@ class ClusterConfig:
     """
 
     workers: int = 0
-    learners: int = 1
-    placement: str = "split"
-    strategy: str = "ddp"
-    mixed_precision: str = "none"
-    rollout_dtype: str = ""
-    weights: str = "object_store"
+    learners: int = option(1, above=0)
+    placement: str = option("split", choices=("split", "colocated"))
+    strategy: str = option("ddp", choices=("ddp", "fsdp"))
+    mixed_precision: str = option("none", choices=("none", "bfloat16"))
+    rollout_dtype: str = option("", choices=("", "float32", "bfloat16"))
+    weights: str = option("object_store", choices=("object_store", "broadcast"))
     address: str = ""
     cpus: float = 1.0
     gpus: float = 1.0
-    timeout: float = 1800.0
-    start_timeout: float = 600.0
+    timeout: float = option(1800.0, above=0)
+    start_timeout: float = option(600.0, above=0)
     max_failures: int = 10
     object_store_gb: float = 0.0
     dashboard: bool = False
@@ -56,13 +57,13 @@ class DryRunConfig:
         bandwidth, flops, near, far, node: of the machine.
     """
 
-    seconds: float = 30.0
-    gpu_gib: float = 80.0
-    bandwidth: float = 3.35e12
-    flops: float = 989e12
-    near: float = 300e9
-    far: float = 40e9
-    node: int = 8
+    seconds: float = option(30.0, above=0)
+    gpu_gib: float = option(80.0, above=0)
+    bandwidth: float = option(3.35e12, above=0)
+    flops: float = option(989e12, above=0)
+    near: float = option(300e9, above=0)
+    far: float = option(40e9, above=0)
+    node: int = option(8, above=0)
 
 
 def check_cluster(cluster: ClusterConfig, ahead: bool) -> None:
@@ -71,22 +72,6 @@ def check_cluster(cluster: ClusterConfig, ahead: bool) -> None:
     Raises:
         InputError: the first that is wrong.
     """
-    for key in ("workers", "max_failures", "cpus", "gpus", "object_store_gb"):
-        if not getattr(cluster, key) >= 0:
-            raise InputError(f"cluster.{key} must be at least 0, found {getattr(cluster, key)}")
-    for key in ("learners", "timeout", "start_timeout"):
-        if not getattr(cluster, key) > 0:
-            raise InputError(f"cluster.{key} must be above 0, found {getattr(cluster, key)}")
-    choices = {
-        "placement": ("split", "colocated"),
-        "strategy": ("ddp", "fsdp"),
-        "mixed_precision": ("none", "bfloat16"),
-        "rollout_dtype": ("", "float32", "bfloat16"),
-        "weights": ("object_store", "broadcast"),
-    }
-    for key, allowed in choices.items():
-        if getattr(cluster, key) not in allowed:
-            raise InputError(f"cluster.{key} '{getattr(cluster, key)}' is not known: choose {' or '.join(allowed)}")
     if not cluster.workers and (cluster.learners > 1 or cluster.strategy == "fsdp" or cluster.placement != "split"):
         raise InputError("cluster.workers is 0, one process: learners, strategy and placement need workers")
     if cluster.mixed_precision != "none" and cluster.strategy != "fsdp":

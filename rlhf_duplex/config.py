@@ -2,6 +2,8 @@
 
 Defaults are for the nano bundle on a laptop; where arXiv 2606.11167, section 3, gives a figure for the 7B that is
 another, it stands in brackets.
+
+What a value may be stands at its field; a number of which nothing is said is finite and at least 0.
 """
 
 from collections.abc import Sequence
@@ -9,9 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.cluster_config import ClusterConfig, DryRunConfig
 from rlhf_duplex.config_checks import check_config
 from rlhf_duplex.config_files import load_structured
+from rlhf_duplex.options import Allowed, option
+
+DTYPES = ("float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass
@@ -54,26 +61,26 @@ class TrainerConfig:
             scheduled checkpoints: the update after that one has newer episodes than it would have had.)
     """
 
-    algorithm: str = "grpo"
-    objective: str = "tokens"
-    onset_frames: int = 8
+    algorithm: str = option("grpo", choices=("grpo", "rloo", "dr_grpo", "gspo", "ppo"))
+    objective: str = option("tokens", choices=OBJECTIVES)
+    onset_frames: int = option(8, above=0)
     onset_words: list[str] = field(default_factory=list)
     updates: int = 24
-    groups: int = 12
-    group_size: int = 16
-    minibatch: int = 64
-    microbatch: int = 8
-    passes: int = 1
+    groups: int = option(12, above=0)
+    group_size: int = option(16, at_least=2, must="be at least 2 (a group is compared within itself)")
+    minibatch: int = option(64, above=0)
+    microbatch: int = option(8, above=0)
+    passes: int = option(1, above=0)
     clip: float = 0.2
     clip_high: float | None = None
     kl_beta: float = 0.01
     sentence_kl_beta: float = 0.0
     opening_kl_beta: float = 0.0
     audio_beta: float = 0.0
-    advantages: str = "per_axis"
+    advantages: str = option("per_axis", choices=("per_axis", "weighted_sum"))
     whiten: bool = False
-    importance: str = "none"
-    importance_cap: float = 2.0
+    importance: str = option("none", choices=("none", "truncated"))
+    importance_cap: float = option(2.0, above=0)
     gradient_checkpointing: bool = False
     ahead: bool = False
 
@@ -89,10 +96,10 @@ class PpoConfig:
         standardise_rewards: rewards of an axis in standard deviations from their mean over the batch.
     """
 
-    gamma: float = 1.0
-    gae_lambda: float = 0.99
+    gamma: float = option(1.0, at_most=1)
+    gae_lambda: float = option(0.99, at_most=1)
     value_clip: float = 0.5
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = option(1e-3, above=0)
     standardise_rewards: bool = True
 
 
@@ -104,12 +111,12 @@ class OptimiserConfig:
     which the rate rises linearly (Adam's first steps have the full size whatever the gradient).
     """
 
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    learning_rate: float = option(3e-4, above=0)
+    betas: tuple[float, float] = option((0.9, 0.95), below=1)
     weight_decay: float = 0.0
-    clip_norm: float = 2.0
-    schedule: str = "cosine"
-    final_share: float = 0.1
+    clip_norm: float = option(2.0, above=0)
+    schedule: str = option("cosine", choices=("cosine", "constant"))
+    final_share: float = option(0.1, at_most=1)
     warmup_updates: int = 2
 
 
@@ -131,7 +138,7 @@ class ContextConfig:
     """
 
     lead_in: float = 1.0
-    probability: float = 0.5
+    probability: float = option(0.5, at_most=1)
     max_seconds: float = 5.0
     schedule: str = "linear"
 
@@ -166,8 +173,8 @@ class CheckpointingConfig:
     minus before its name lower is (`-kl`). `checkpoints/best` points to it. Empty: none is kept as the best.
     """
 
-    every: int = 10
-    keep: int = 2
+    every: int = option(10, above=0)
+    keep: int = option(2, above=0)
     best: str = "reward/total"
 
 
@@ -192,11 +199,11 @@ class EvaluationConfig:
 
     segments: str | None = None
     limit: int = 0
-    samples: int = 1
+    samples: int = option(1, above=0)
     episodes: int = 6
     seed: int = 1
     every: int = 0
-    every_limit: int = 4
+    every_limit: int = option(4, above=0)
     before: str | None = None
 
 
@@ -211,9 +218,9 @@ class LiveConfig:
         user: `scripted`, or the checkpoint of a second policy of the same codec, which hears the agent and answers.
     """
 
-    dialogues: int = 64
-    seconds: float = 20.0
-    lead_in: float = 1.0
+    dialogues: int = option(64, above=0)
+    seconds: float = option(20.0, above=0)
+    lead_in: float = option(1.0, above=0)
     user: str = "scripted"
 
 
@@ -229,8 +236,8 @@ class LoraConfig:
     """
 
     rank: int = 0
-    scaling: float = 2.0
-    flavour: str = "moshi"
+    scaling: float = option(2.0, above=0)
+    flavour: str = option("moshi", choices=("moshi", "peft"))
     parts: list[str] = field(default_factory=lambda: ["temporal"])
 
 
@@ -286,8 +293,8 @@ class Config:
     train_axes: list[str] = field(default_factory=list)
     resume: bool = False
     device: str = "cpu"
-    dtype: str = "float32"
-    env: str = "replay"
+    dtype: str = option("float32", choices=DTYPES)
+    env: str = option("replay", choices=("replay", "live"))
     live: LiveConfig = field(default_factory=LiveConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
@@ -303,7 +310,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list, metadata={"allowed": Allowed(choices=TRACKERS)})
     codes_cache: str = "auto"
 
 

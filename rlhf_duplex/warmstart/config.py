@@ -10,6 +10,8 @@ from torch import nn
 from envs.errors import InputError
 from rlhf_duplex.algorithms.objectives import OBJECTIVES
 from rlhf_duplex.config import (
+    DTYPES,
+    TRACKERS,
     CheckpointingConfig,
     DetectorConfig,
     EvaluationConfig,
@@ -18,9 +20,10 @@ from rlhf_duplex.config import (
     SamplingConfig,
     _default_rewards,
 )
-from rlhf_duplex.config_checks import check_lora, check_not_negative, check_positive
+from rlhf_duplex.config_checks import check_lora
 from rlhf_duplex.config_files import load_structured
 from rlhf_duplex.data.pair import KINDS
+from rlhf_duplex.options import Allowed, check_options, check_value, option
 from rlhf_duplex.policy.lora import PARTS, part_of
 
 LOSSES = ("sigmoid_norm", "sigmoid", "ipo", "apo_zero", "hinge", "robust", "simpo")
@@ -52,17 +55,17 @@ class LossConfig:
         sft_streams: `text`, `semantic` or `audio`, as `streams`; each stream counts the same.
     """
 
-    name: str = "sigmoid_norm"
-    beta: float = 0.3
-    label_smoothing: float = 0.0
+    name: str = option("sigmoid_norm", choices=LOSSES)
+    beta: float = option(0.3, above=0)
+    label_smoothing: float = option(0.0, below=0.5)
     simpo_gamma: float = 0.5
-    streams: str = "text"
-    objective: str = "tokens"
-    onset_frames: int = 8
+    streams: str = option("text", choices=STREAMS)
+    objective: str = option("tokens", choices=OBJECTIVES)
+    onset_frames: int = option(8, above=0)
     count_pad: bool = True
-    span: str = "pair"
+    span: str = option("pair", choices=SPANS)
     sft_weight: float = 0.0
-    sft_streams: str = "audio"
+    sft_streams: str = option("audio", choices=STREAMS)
 
 
 @dataclass
@@ -76,7 +79,7 @@ class ReferenceConfig:
             and weights and to the options: what is stale is computed anew.
     """
 
-    mode: str = "cached"
+    mode: str = option("cached", choices=("cached", "lora_off"))
     cache: str | None = None
 
 
@@ -98,10 +101,10 @@ class WarmstartOptimiser:
     """AdamW. `schedule`: `cosine` [cosine], `linear` or `constant`, after `warmup_steps` of linear rise."""
 
     learning_rates: LearningRates = field(default_factory=LearningRates)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = option((0.9, 0.95), below=1)
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    schedule: str = "cosine"
+    clip_norm: float = option(1.0, above=0)
+    schedule: str = option("cosine", choices=("cosine", "linear", "constant"))
     warmup_steps: int = 2
 
 
@@ -122,13 +125,13 @@ class TrainingConfig:
             evens out kinds without making the pairs anew (`pairs --balance` cuts all to the rarest).
     """
 
-    epochs: int = 1
-    batch_size: int = 16
-    microbatch: int = 16
+    epochs: int = option(1, above=0)
+    batch_size: int = option(16, above=0)
+    microbatch: int = option(16, above=0)
     gradient_checkpointing: bool = False
-    autocast: str = "none"
+    autocast: str = option("none", choices=("none", "bfloat16"))
     fsdp: bool = False
-    devices: int = 1
+    devices: int = option(1, above=0)
     at_most: dict[str, int] = field(default_factory=dict)
 
 
@@ -137,7 +140,7 @@ class DryRunConfig:
     """What `--dry-run` reckons with where the pairs are not made yet: how many, and the seconds of the longest."""
 
     pairs: int = 0
-    seconds: float = 30.0
+    seconds: float = option(30.0, above=0)
 
 
 @dataclass
@@ -155,7 +158,7 @@ class WarmstartEvaluation(EvaluationConfig):
     every: int = 20
     pairs: int = 0
     lead_in: float = 1.0
-    batch_size: int = 256
+    batch_size: int = option(256, above=0)
 
 
 @dataclass
@@ -175,7 +178,7 @@ class WarmstartConfig:
     pairs: str = "runs/pairs/pairs.jsonl"
     resume: bool = False
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = option("float32", choices=DTYPES)
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -187,7 +190,7 @@ class WarmstartConfig:
     rewards: dict[str, Any] = field(default_factory=_default_rewards)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     evaluation: WarmstartEvaluation = field(default_factory=WarmstartEvaluation)
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list, metadata={"allowed": Allowed(choices=TRACKERS)})
     codes_cache: str = "auto"
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
 
@@ -214,65 +217,15 @@ def check_warmstart(config: WarmstartConfig) -> None:
     Raises:
         InputError: the first that is wrong.
     """
-    loss, optimiser, training = config.loss, config.optimiser, config.training
-    choices = {
-        "loss.name": (loss.name, LOSSES),
-        "loss.streams": (loss.streams, STREAMS),
-        "loss.sft_streams": (loss.sft_streams, STREAMS),
-        "loss.objective": (loss.objective, OBJECTIVES),
-        "loss.span": (loss.span, SPANS),
-        "reference.mode": (config.reference.mode, ("cached", "lora_off")),
-        "optimiser.schedule": (optimiser.schedule, ("cosine", "linear", "constant")),
-        "training.autocast": (training.autocast, ("none", "bfloat16")),
-        "dtype": (config.dtype, ("float32", "bfloat16")),
-    }
-    for key, (chosen, allowed) in choices.items():
-        if chosen not in allowed:
-            raise InputError(f"{key} '{chosen}' is not known: choose {', '.join(allowed[:-1])} or {allowed[-1]}")
-    for kind in training.at_most:
+    check_options(config)
+    for kind, count in config.training.at_most.items():
         if kind not in KINDS:
             raise InputError(f"training.at_most.{kind} is not a kind of pair: choose {', '.join(KINDS)}")
-    positive = {
-        "loss.beta": loss.beta,
-        "loss.onset_frames": loss.onset_frames,
-        "optimiser.clip_norm": optimiser.clip_norm,
-        "training.epochs": training.epochs,
-        "training.batch_size": training.batch_size,
-        "training.microbatch": training.microbatch,
-        "training.devices": training.devices,
-        "dry_run.seconds": config.dry_run.seconds,
-        "checkpointing.every": config.checkpointing.every,
-        "checkpointing.keep": config.checkpointing.keep,
-        "evaluation.samples": config.evaluation.samples,
-        "evaluation.batch_size": config.evaluation.batch_size,
-    }
-    check_positive(positive)
-    not_negative = {
-        "seed": config.seed,
-        "loss.simpo_gamma": loss.simpo_gamma,
-        "loss.sft_weight": loss.sft_weight,
-        "optimiser.weight_decay": optimiser.weight_decay,
-        "optimiser.warmup_steps": optimiser.warmup_steps,
-        "dry_run.pairs": config.dry_run.pairs,
-        "evaluation.every": config.evaluation.every,
-        "evaluation.pairs": config.evaluation.pairs,
-        "evaluation.limit": config.evaluation.limit,
-        "evaluation.episodes": config.evaluation.episodes,
-        "evaluation.seed": config.evaluation.seed,
-        "evaluation.lead_in": config.evaluation.lead_in,
-        **{f"sampling.{key}": value for key, value in vars(config.sampling).items()},
-        **{f"training.at_most.{kind}": count for kind, count in training.at_most.items()},
-        **{f"optimiser.learning_rates.{part}": rate for part, rate in vars(optimiser.learning_rates).items()},
-    }
-    check_not_negative(not_negative)
-    if not 0 <= loss.label_smoothing < 0.5:
-        raise InputError(f"loss.label_smoothing must lie in [0, 0.5), found {loss.label_smoothing}")
-    if not all(0 <= beta < 1 for beta in optimiser.betas):
-        raise InputError(f"optimiser.betas must lie in [0, 1), found {list(optimiser.betas)}")
+        check_value(f"training.at_most.{kind}", count)
     if config.device.startswith("cuda:") and config.device != "cuda:0":
         raise InputError(f"device {config.device}: a warm start takes the first GPU; set CUDA_VISIBLE_DEVICES instead")
     check_lora(config.lora)
-    if config.lora.rank and "temporal" not in config.lora.parts and _text_only(loss):
+    if config.lora.rank and "temporal" not in config.lora.parts and _text_only(config.loss):
         raise InputError(f"lora.parts {list(config.lora.parts)}: a loss about text alone teaches only temporal ones")
     of_train: dict[str, tuple[Any, Any]] = {
         "checkpointing.best": (config.checkpointing.best, CheckpointingConfig().best),
@@ -286,10 +239,7 @@ def check_warmstart(config: WarmstartConfig) -> None:
         raise InputError("reference.mode=lora_off needs adapters: set lora.rank, or take reference.mode=cached")
     if not trained_parts(config):
         raise InputError("nothing is left to train: give a part of optimiser.learning_rates a rate above 0")
-    accumulation_steps(config, training.devices)
-    for name in config.trackers:
-        if name not in ("tensorboard", "wandb"):
-            raise InputError(f"tracker '{name}' is not known: choose tensorboard or wandb")
+    accumulation_steps(config, config.training.devices)
 
 
 def trained_parts(config: WarmstartConfig) -> dict[str, float]:
