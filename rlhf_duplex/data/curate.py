@@ -7,11 +7,9 @@ manifest is the same to the byte whatever was interrupted, and thresholds can be
 """
 
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +28,7 @@ from rlhf_duplex.data.detection import Detection, detect
 from rlhf_duplex.data.recordings import Problem, Recording
 from rlhf_duplex.data.selection import Found, held_out_recordings, spread
 from rlhf_duplex.data.summary import Summary, print_summary
+from rlhf_duplex.options import check_options, flag
 from rlhf_duplex.run_folder import make_console
 
 STALLED_SECONDS = 3600.0
@@ -50,7 +49,7 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
         InputError: what the user can fix; with `options.strict` also the first recording that is wrong.
     """
     console = console or make_console()
-    check_options(options)
+    check_curate_options(options)
     work = _prepare(out)
     with console.status(Text(f"looking through {corpus}")):
         layout, recordings, problems = find_corpus(corpus, options.format)
@@ -105,27 +104,13 @@ def _choose(
     ]
 
 
-def check_options(options: CurateOptions) -> None:
+def check_curate_options(options: CurateOptions) -> None:
     """Values that no type can rule out.
 
     Raises:
         InputError: the first that is wrong.
     """
-    for part in (options, options.criteria, options.voice):
-        for item in fields(part):
-            value = getattr(part, item.name)
-            name = "--" + item.name.replace("_", "-")
-            choices = item.metadata.get("choices")
-            if choices and value not in choices:
-                raise InputError(f"{name} '{value}' is not known: choose one of {', '.join(choices)}")
-            if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be a number of at least 0, found {value}")
-    if options.per_axis < 1:
-        raise InputError(f"--per-axis must be at least 1, found {options.per_axis}")
-    if options.heldout >= 1:
-        raise InputError(f"--heldout must be a share of at least 0 and below 1, found {options.heldout:g}")
-    if not 0 < options.voice.vad_threshold < 1:
-        raise InputError(f"--vad-threshold must lie between 0 and 1, found {options.voice.vad_threshold}")
+    check_options(options, flag)
     if options.criteria.min_silence > options.criteria.max_pause:
         raise InputError(
             f"--min-silence {options.criteria.min_silence:g} is above --max-pause {options.criteria.max_pause:g}: "
@@ -371,7 +356,7 @@ def _encode(segments: Sequence[Segment], options: CurateOptions, console: Consol
     assert options.encode is not None
     codec = load_bundle(options.encode, options.device).codec
     cache = open_cache(options.codes_cache, codec)
-    assert cache is not None  # `check_options`
+    assert cache is not None  # `check_curate_options`
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         for segment in bar.track(segments, description="encoding users"):

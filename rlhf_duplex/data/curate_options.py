@@ -4,15 +4,13 @@ Imports nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf_duplex.options import add_options, option
+
 FORMATS = ("auto", "moshi-finetune", "stereo", "seamless", "fisher", "candor")
-
-
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True)
@@ -22,36 +20,38 @@ class Criteria:
     Where the paper is silent, the option says so.
     """
 
-    min_silence: float = _option(0.2, "a silence from this length on ends an inter-pausal unit (the paper gives none)")
-    max_pause: float = _option(1.0, "a silence of at most this is a pause within an utterance")
-    pause_min: float = _option(4.0, "pause_handling: the user's utterance lasts at least this")
-    pause_min_silence: float = _option(
+    min_silence: float = option(0.2, "a silence from this length on ends an inter-pausal unit (the paper gives none)")
+    max_pause: float = option(1.0, "a silence of at most this is a pause within an utterance")
+    pause_min: float = option(4.0, "pause_handling: the user's utterance lasts at least this")
+    pause_min_silence: float = option(
         0.35,
         "pause_handling: one of the pauses lasts at least this (the paper gives none; shorter silences part phrases, "
         "come and go with noise and codec, and tempt nobody to take the turn)",
     )
-    turn_min: float = _option(5.0, "turn_taking: each of the two utterances lasts at least this")
-    turn_max_gap: float = _option(0.4, "turn_taking: at most this between the two utterances")
-    turn_max_overlap: float = _option(
+    turn_min: float = option(5.0, "turn_taking: each of the two utterances lasts at least this")
+    turn_max_gap: float = option(0.4, "turn_taking: at most this between the two utterances")
+    turn_max_overlap: float = option(
         0.2,
         "turn_taking: the agent may begin this long before the user ends; more interrupts (the paper gives none)",
     )
-    backchannel_min: float = _option(5.0, "backchannel: the user's utterance lasts at least this")
-    backchannel_max: float = _option(1.0, "backchannel: every utterance of the agent meanwhile lasts at most this")
-    interruption_min: float = _option(3.0, "user_interruption: each of the four utterances lasts at least this")
-    max_seconds: float = _option(120.0, "a longer segment is left out, 0: none is (the paper gives none)")
+    backchannel_min: float = option(5.0, "backchannel: the user's utterance lasts at least this")
+    backchannel_max: float = option(1.0, "backchannel: every utterance of the agent meanwhile lasts at most this")
+    interruption_min: float = option(3.0, "user_interruption: each of the four utterances lasts at least this")
+    max_seconds: float = option(120.0, "a longer segment is left out, 0: none is (the paper gives none)")
 
 
 @dataclass(frozen=True)
 class VoiceActivity:
     """How speech is found: by Silero, or as the corpus has it."""
 
-    vad: str = _option(
+    vad: str = option(
         "corpus", "whose speech times: the corpus' own where it has them, else silero's", choices=("corpus", "silero")
     )
-    vad_threshold: float = _option(0.5, "silero: probability from which a window of 32 ms is speech")
-    vad_min_speech: float = _option(0.2, "silero: shorter speech is dropped (seconds)")
-    length_tolerance: float = _option(
+    vad_threshold: float = option(
+        0.5, "silero: probability from which a window of 32 ms is speech", above=0, below=1, must="lie between 0 and 1"
+    )
+    vad_min_speech: float = option(0.2, "silero: shorter speech is dropped (seconds)")
+    length_tolerance: float = option(
         1.0,
         "the two files of a recording, or a file and what its corpus says of it, may differ in length by this; beyond "
         "it their clocks drift or one is truncated, and the recording is left out (seconds)",
@@ -62,30 +62,34 @@ class VoiceActivity:
 class CurateOptions:
     """Everything else that `curate` is told."""
 
-    format: str = _option("auto", "what the corpus is; auto looks at its files", choices=FORMATS)
-    user_channel: str = _option(
+    format: str = option("auto", "what the corpus is; auto looks at its files", choices=FORMATS)
+    user_channel: str = option(
         "both",
         "who is taken as the user: each in turn, or only channel 0 or 1 (of two mono files: the first or second)",
         choices=("both", "0", "1"),
     )
-    per_axis: int = _option(2000, "at most so many segments of each axis, spread over speakers and recordings")
-    heldout: float = _option(
+    per_axis: int = option(
+        2000, "at most so many segments of each axis, spread over speakers and recordings", at_least=1
+    )
+    heldout: float = option(
         0.0,
         "this share of the recordings goes to a manifest of its own, NAME.heldout.jsonl, to evaluate on; nobody is a "
         "user in both",
+        below=1,
+        must="be a share of at least 0 and below 1",
     )
-    seed: int = _option(0, "of the choices")
-    workers: int = _option(0, "so many Ray workers, a recording each at a time; 0 works in the process itself")
-    strict: bool = _option(False, "stop at the first recording or transcript that is wrong, instead of reporting it")
-    examples: int = _option(3, "segments of each axis shown on the page, drawn at random")
-    encode: str | None = _option(
+    seed: int = option(0, "of the choices")
+    workers: int = option(0, "so many Ray workers, a recording each at a time; 0 works in the process itself")
+    strict: bool = option(False, "stop at the first recording or transcript that is wrong, instead of reporting it")
+    examples: int = option(3, "segments of each axis shown on the page, drawn at random")
+    encode: str | None = option(
         None,
         "also encode the users' audio for this checkpoint ('nano', a bundle's folder or a hub id)",
         metavar="CHECKPOINT",
     )
-    lead_in: float = _option(1.0, "with --encode: the training's context.lead_in (seconds; part of what is encoded)")
-    codes_cache: str = _option("auto", "with --encode: folder of the code cache; auto: the one that training looks in")
-    device: str = _option("cpu", "with --encode: where the codec runs, such as cuda")
+    lead_in: float = option(1.0, "with --encode: the training's context.lead_in (seconds; part of what is encoded)")
+    codes_cache: str = option("auto", "with --encode: folder of the code cache; auto: the one that training looks in")
+    device: str = option("cpu", "with --encode: where the codec runs, such as cuda")
     criteria: Criteria = field(default_factory=Criteria)
     voice: VoiceActivity = field(default_factory=VoiceActivity)
 
@@ -119,21 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="manifest to write; the page lies beside it as .html")
     for title, options in _GROUPS:
-        group = parser.add_argument_group(title) if title else parser
-        for item in fields(options):
-            if item.default is MISSING:
-                continue
-            name = "--" + item.name.replace("_", "-")
-            more = {key: value for key, value in item.metadata.items() if key != "help"}
-            text = item.metadata["help"]
-            if isinstance(item.default, bool):
-                group.add_argument(name, action="store_true", help=text)
-                continue
-            kind = type(item.default) if item.default is not None else str
-            shown = "" if item.default is None else " (default: %(default)s)"
-            if "choices" not in more:
-                more.setdefault("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
-            group.add_argument(name, type=kind, default=item.default, help=text + shown, **more)
+        add_options(parser.add_argument_group(title) if title else parser, options)
 
 
 def from_arguments(arguments: argparse.Namespace) -> CurateOptions:

@@ -1,11 +1,11 @@
 """The arguments of `rlhf-duplex pairs` and `rlhf-duplex converse`. No heavy imports: `--help` answers at once."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rlhf_duplex.data.pair_options import PairOptions
+from rlhf_duplex.options import add_options
 
 SOURCES = ("conversations", "rollouts")
 PAIRS_HELP = """sources:
@@ -27,30 +27,6 @@ CONVERSE_HELP = """examples:
   rlhf-duplex converse segments.jsonl --checkpoint runs/quickstart/checkpoints/step_000044 --out logs --samples 4
 
 The folder is a corpus for `rlhf-duplex pairs --from conversations`."""
-_HELP = {
-    "seed": "of everything random",
-    "device": "cpu, cuda, cuda:1...",
-    "dtype": "of the policy's weights: float32 or bfloat16",
-    "heldout": "share of the dialogues whose pairs are held out",
-    "balance": "cut every kind to as many pairs as the rarest has",
-    "context": "conversations: seconds of dialogue kept before a problem",
-    "gap": "conversations: seconds of silence between the user's end and a moved reply",
-    "response": "conversations: a turn with no reply for so many seconds is a problem",
-    "accept": "conversations: a drawn reply must begin within so many seconds",
-    "reply": "conversations: seconds of room for a drawn reply",
-    "candidates": "conversations: replies drawn for an unanswered turn; the best is taken",
-    "content_at_most": "conversations: a content mark (1 to 5) so low is a problem",
-    "max_pairs": "conversations: pairs of one dialogue",
-    "strict": "conversations: a bad recording ends the run instead of being skipped",
-    "group_size": "rollouts: episodes of a segment",
-    "segment_pairs": "rollouts: most pairs of a segment: best against worst, second best against second worst...",
-    "margin": "rollouts: least difference of reward between chosen and rejected",
-    "lead_in": "rollouts: seconds of silence before a segment",
-    "batch_size": "episodes, or dialogues, at once",
-    "text_temperature": "of the policy",
-    "audio_temperature": "of the policy",
-    "audio_top_k": "of the policy; 0 draws from all codes",
-}
 
 
 def add_commands(commands: Any) -> None:
@@ -67,8 +43,7 @@ def add_commands(commands: Any) -> None:
     pairs.add_argument("--from", dest="source", choices=SOURCES, required=True, help="what the corpus is")
     pairs.add_argument("--checkpoint", default="nano", help="nano, a bundle's folder or a hub id (default: nano)")
     pairs.add_argument("--out", type=Path, required=True, help="the file of pairs, such as pairs.jsonl")
-    for field in fields(PairOptions):
-        _add_option(pairs, field.name, field.default)
+    add_options(pairs, PairOptions)
     judge = pairs.add_argument_group("content problems (conversations)")
     judge.add_argument("--judge-url", help="an endpoint that speaks OpenAI's chat completions, up to and with /v1")
     judge.add_argument("--judge-model", help="the endpoint's name of the model")
@@ -99,10 +74,8 @@ def add_commands(commands: Any) -> None:
     converse.add_argument("--out", type=Path, required=True, help="the folder of the logs")
     converse.add_argument("--samples", type=int, default=1, help="dialogues with each user (default: 1)")
     converse.add_argument("--tail", type=float, default=4.0, help="seconds after a segment (default: 4.0)")
-    wanted = ("seed", "device", "dtype", "lead_in", "batch_size", "text_temperature", "audio_temperature")
-    for field in fields(PairOptions):
-        if field.name in (*wanted, "audio_top_k"):
-            _add_option(converse, field.name, field.default)
+    drawn = ("text_temperature", "audio_temperature", "audio_top_k")
+    add_options(converse, PairOptions, ("seed", "device", "dtype", "lead_in", "batch_size", *drawn))
     _add_prompt(converse)
 
 
@@ -110,12 +83,3 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt before every dialogue (PersonaPlex; as prompt.* of a configuration)")
     prompt.add_argument("--prompt-voice", metavar="FILE", help="a recording of the voice that the agent is to have")
     prompt.add_argument("--prompt-text", metavar="TEXT", help="its role, in words")
-
-
-def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
-    flag = "--" + name.replace("_", "-")
-    if isinstance(default, bool):
-        parser.add_argument(flag, action="store_true", help=_HELP[name])
-    else:
-        text = f"{_HELP[name]} (default: {default})"
-        parser.add_argument(flag, type=type(default), default=default, metavar="X", help=text)

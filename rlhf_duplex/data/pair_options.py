@@ -1,84 +1,62 @@
-"""What can be chosen about pairs. No heavy imports: the command line reads the defaults for its help."""
+"""What can be chosen about pairs: one dataclass that is the command line's options as well.
 
-import math
+Imports nothing heavy, so that `--help` answers at once.
+"""
+
 from dataclasses import dataclass
+
+from rlhf_duplex.options import check_options, flag, option
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    """How pairs are made. Options that only one source reads say so; times are seconds.
+    """How pairs are made. Its group is the source that alone reads an option; `converse` takes some, without groups."""
 
-    Attributes:
-        seed: of everything random.
-        device, dtype: of the policy.
-        heldout: share of the dialogues whose pairs are held out.
-        balance: cut every kind to as many pairs as the rarest has.
-        context: conversations: how much of the dialogue before the problem a pair keeps.
-        gap: conversations: silence between the user's end and a moved reply.
-        response: conversations: a turn unanswered for so long is a problem.
-        accept: conversations: a drawn reply must begin so soon after the turn.
-        reply: conversations: room for a drawn reply, from its turn's end.
-        candidates: conversations: replies drawn for an unanswered turn.
-        content_at_most: conversations: a content mark of the judge so low is a problem.
-        max_pairs: conversations: pairs of one dialogue.
-        strict: conversations: a bad recording ends the run.
-        group_size: rollouts: episodes of a segment.
-        segment_pairs: rollouts: most pairs of a segment: best against worst, second best against second worst...
-        margin: rollouts: least difference of reward between chosen and rejected.
-        lead_in: rollouts: silence before a segment.
-        batch_size: episodes, or dialogues, at once.
-        text_temperature, audio_temperature, audio_top_k: of the policy.
-    """
-
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    heldout: float = 0.1
-    balance: bool = False
-    context: float = 30.0
-    gap: float = 0.24
-    response: float = 3.0
-    accept: float = 1.5
-    reply: float = 8.0
-    candidates: int = 4
-    content_at_most: int = 2
-    max_pairs: int = 2
-    strict: bool = False
-    group_size: int = 8
-    segment_pairs: int = 1
-    margin: float = 0.5
-    lead_in: float = 1.0
-    batch_size: int = 64
-    text_temperature: float = 0.7
-    audio_temperature: float = 0.8
-    audio_top_k: int = 250
+    seed: int = option(0, "of everything random")
+    device: str = option("cpu", "cpu, cuda, cuda:1...")
+    dtype: str = option("float32", "of the policy's weights", choices=("float32", "bfloat16"))
+    heldout: float = option(
+        0.1, "share of the dialogues whose pairs are held out", below=1, must="be a share of at least 0 and below 1"
+    )
+    balance: bool = option(False, "cut every kind to as many pairs as the rarest has")
+    context: float = option(30.0, "seconds of dialogue kept before a problem", group="conversations")
+    gap: float = option(0.24, "seconds of silence between the user's end and a moved reply", group="conversations")
+    response: float = option(3.0, "a turn with no reply for so many seconds is a problem", group="conversations")
+    accept: float = option(
+        1.5, "a drawn reply must begin within so many seconds of its turn's end", group="conversations"
+    )
+    reply: float = option(8.0, "seconds of room for a drawn reply, from its turn's end", group="conversations")
+    candidates: int = option(
+        4, "replies drawn for an unanswered turn; the best is taken", group="conversations", at_least=1
+    )
+    content_at_most: int = option(
+        2,
+        "a content mark of the judge (1 to 5) so low is a problem",
+        group="conversations",
+        at_least=1,
+        at_most=5,
+        must="be a mark from 1 to 5",
+    )
+    max_pairs: int = option(2, "pairs of one dialogue", group="conversations", at_least=1)
+    strict: bool = option(False, "a bad recording ends the run instead of being skipped", group="conversations")
+    group_size: int = option(8, "episodes of a segment", group="rollouts", at_least=2)
+    segment_pairs: int = option(
+        1,
+        "most pairs of a segment: best against worst, second best against second worst...",
+        group="rollouts",
+        at_least=1,
+    )
+    margin: float = option(0.5, "least difference of reward between chosen and rejected", group="rollouts")
+    lead_in: float = option(1.0, "seconds of silence before a segment", group="rollouts")
+    batch_size: int = option(64, "dialogues at once", at_least=1)
+    text_temperature: float = option(0.7, "of the policy")
+    audio_temperature: float = option(0.8, "of the policy")
+    audio_top_k: int = option(250, "of the policy; 0 draws from all codes")
 
     def __post_init__(self) -> None:
         from envs.errors import InputError  # `envs` imports torch
 
-        counts = {
-            "candidates": 1,
-            "max_pairs": 1,
-            "group_size": 2,
-            "segment_pairs": 1,
-            "batch_size": 1,
-            "audio_top_k": 0,
-            "seed": 0,
-        }
-        for name, low in counts.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{_flag(name)} must be at least {low}, found {getattr(self, name)}")
-        for name in ("context", "gap", "response", "accept", "reply", "margin", "lead_in"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{_flag(name)} must be a number of at least 0, found {value}")
-        for name in ("text_temperature", "audio_temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{_flag(name)} must be a number of at least 0, found {getattr(self, name)}")
-        if not 0 <= self.heldout < 1:
-            raise InputError(f"--heldout must be a share of at least 0 and below 1, found {self.heldout}")
-        if not 1 <= self.content_at_most <= 5:
-            raise InputError(f"--content-at-most must be a mark from 1 to 5, found {self.content_at_most}")
+        check_options(self, flag)
         if not 0 < self.accept <= self.response:
             raise InputError(
                 f"--accept must be above 0 and at most --response ({self.response}), found {self.accept}: a reply that "
@@ -86,9 +64,3 @@ class PairOptions:
             )
         if self.reply <= self.accept:
             raise InputError(f"--reply must be above --accept ({self.accept}), found {self.reply}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"--dtype '{self.dtype}' is not known: choose float32 or bfloat16")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 import pytest
 
 from envs.errors import InputError
+from rlhf_duplex.cli import build_parser
 from rlhf_duplex.config import Config
 from rlhf_duplex.config_checks import check_config
+from rlhf_duplex.data.pair_options import PairOptions
 from rlhf_duplex.options import Allowed, add_options, check_options, flag, option
 from rlhf_duplex.warmstart.config import WarmstartConfig, check_warmstart
 
@@ -101,3 +103,18 @@ def test_arguments_of_a_command():
     assert vars(parser.parse_args(["--count", "0"])) == {"count": 0, "rate": 1.0, "way": ""}
     with pytest.raises(InputError, match=r"^--count must be at least 1, found 0$"):
         check_options(Part(count=0), flag)
+
+
+def test_pairs_says_which_source_reads_an_option_and_converse_has_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def shown(command):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([command, "--help"])
+        return capsys.readouterr().out
+
+    assert all(f"  {flag(item.name)}" in shown("pairs") for item in fields(PairOptions))
+    conversations, rollouts = shown("pairs").split("\nconversations:\n")[1].split("\nrollouts:\n")
+    assert "--accept" in conversations
+    assert "--lead-in X" in rollouts.split("\n\n")[0]
+    assert "--lead-in X           seconds of silence before a segment (default: 1.0)" in shown("converse")
