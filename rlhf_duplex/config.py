@@ -185,7 +185,8 @@ class EvaluationConfig:
     Attributes:
         segments: manifest of the held-out segments, `nano` for those that ship with nano; None: those of nano when
             it is trained on its own segments, else the training segments (the report then says so).
-        limit: play only the first so many segments of each axis; 0 plays all.
+        limit: play only the first so many segments of each axis; 0 plays all. Of `evaluate --suite live` it is the
+            number of dialogues, 32 where it is 0.
         samples: episodes of each segment.
         episodes: segments of each axis whose episodes are kept to look at and listen to.
         seed: of the episodes, the same before and after.
@@ -213,7 +214,7 @@ class LiveConfig:
 
     Attributes:
         dialogues: different scripts to train on.
-        seconds: of each, in training and in `evaluate --suite live`.
+        seconds: of each, in training and in `evaluate --suite live` (which takes `evaluation.limit` dialogues).
         lead_in: seconds of silence before the user's first words.
         user: `scripted`, or the checkpoint of a second policy of the same codec, which hears the agent and answers.
     """

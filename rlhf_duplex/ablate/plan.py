@@ -58,8 +58,8 @@ class AblationConfig:
         search: conditions drawn from a space, see `rlhf_duplex.ablate.search`.
         baseline: name of the condition that the others are held against; by default the one that changes nothing, else
             the first.
-        metrics: of the table of effects, each `axis.metric`; by default those of arXiv 2606.11167's tables, and the
-            reward of every further axis.
+        metrics: of the table of effects, each `axis.metric`; by default those of arXiv 2606.11167's tables,
+            `backchannel.f1`, `words.known_pairs`, and the reward of every further axis, as far as they are measured.
         retries: how often a failed trial is started again.
         memory_gb: a trial that takes more fails by itself, instead of whatever else runs; 0: no limit.
         budget: when to stop.

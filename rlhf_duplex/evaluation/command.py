@@ -29,7 +29,11 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help="a YAML file, then overrides")
     command.add_argument("--suite", choices=SUITES, default="heldout", help="what is played (default: heldout)")
-    command.add_argument("--data", type=Path, help="folder of the benchmark, the questions or the safety set")
+    data = (
+        "folder of the benchmark, the questions or the safety set; of live it is a file, the manifest of the users' "
+        "segments (default: what ships with nano; a benchmark has to be given)"
+    )
+    command.add_argument("--data", type=Path, metavar="PATH", help=data)
     command.add_argument("--out", type=Path, help="run folder (default: runs/SUITE; of heldout it is run_dir)")
     system = "a checkpoint to play, or NAME=PATH; may be given again"
     command.add_argument("--checkpoint", action="append", default=[], metavar="[NAME=]PATH", help=system)

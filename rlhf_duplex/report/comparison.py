@@ -22,7 +22,7 @@ from rlhf_duplex.report.runs import Comparison, mean_of
 
 Metric = tuple[str, str]
 
-# What arXiv 2606.11167's tables have, as far as it is measured here, and whether the words hold.
+# What arXiv 2606.11167's tables have, as far as it is measured here; backchannels' F1, and whether the words hold.
 USUAL: tuple[Metric, ...] = (
     ("pause_handling", "takeover_rate"),
     ("turn_taking", "takeover_rate"),

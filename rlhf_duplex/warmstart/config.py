@@ -152,6 +152,7 @@ class WarmstartEvaluation(EvaluationConfig):
         pairs: held-out pairs that are evaluated, the first so many of each kind; 0: all.
         segments: manifest of held-out segments for the axes, `nano` for those that ship with nano; None plays none.
         lead_in: seconds of silence before each segment.
+        batch_size: dialogues of the axes that are played at once (of held-out pairs it is `training.microbatch`).
     """
 
     segments: str | None = "nano"
