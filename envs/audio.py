@@ -13,6 +13,10 @@ from envs.frames import samples_in
 # Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
 
+# Seconds by which a header may promise too much: of an mp3 that does not say how long it is, libsndfile takes the bytes
+# for audio, and so counts the decoder's delay (0.06 s at 44.1 kHz) and a tag at its end in.
+_PROMISED = 0.25
+
 
 def audio_info(path: Path) -> tuple[int, int, float]:
     """Sample rate (Hz), number of channels and duration (s) of an audio file.
@@ -27,6 +31,21 @@ def audio_info(path: Path) -> tuple[int, int, float]:
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file
         raise InputError(f"recording {path} cannot be read as audio ({error}): is it corrupt or empty?") from error
     return info.samplerate, info.channels, info.frames / info.samplerate
+
+
+def check_length(path: Path, there: float, promised: float) -> None:
+    """Hold what was read of a recording, in seconds from its beginning, against what its header says.
+
+    libsndfile reads a truncated mp3 in silence up to where it ends.
+
+    Raises:
+        InputError: it is truncated.
+    """
+    if there < promised - _PROMISED:
+        raise InputError(
+            f"recording {path} is truncated: {there:.1f} of {promised:.1f} s are there: get it again, or convert what "
+            "is there"
+        )
 
 
 def read_audio(
@@ -47,7 +66,8 @@ def read_audio(
         channels: how many channels the file must at least have (2 for a dialogue).
 
     Raises:
-        InputError: missing, corrupt, empty or non-finite audio, too few channels, a channel or a time out of range.
+        InputError: missing, corrupt, truncated, empty or non-finite audio, too few channels, a channel or a time out of
+            range.
     """
     rate, found, duration = audio_info(path)
     if found < channels:
@@ -71,12 +91,25 @@ def read_audio(
         )
     except soundfile.LibsndfileError as error:
         raise InputError(f"recording {path} cannot be read at {start:.3f} s ({error}): is it truncated?") from error
+    if start + len(data) / rate < min(end, duration) - _PROMISED:
+        # Nothing at all: the end lies before `start`, and reading from the beginning is what tells where.
+        there = start + len(data) / rate if len(data) else _seconds_there(path)
+        check_length(path, there, duration)
     audio = np.ascontiguousarray(data[:, channel])
     if audio.size == 0:
         raise InputError(f"recording {path} holds no audio between {start:.3f} and {end:.3f} s: is it truncated?")
     if not np.isfinite(audio).all():
         raise InputError(f"recording {path} holds NaN or infinite samples on channel {channel}: repair or remove it")
     return resample(audio, rate, sample_rate)
+
+
+def _seconds_there(path: Path) -> float:
+    """Seconds that can be decoded of a recording, whatever its header says."""
+    with soundfile.SoundFile(str(path)) as file:
+        samples = 0
+        while found := len(file.read(file.samplerate * 30, dtype="float32")):
+            samples += found
+        return samples / file.samplerate
 
 
 def resample(audio: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:

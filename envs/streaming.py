@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from envs.audio import audio_info
+from envs.audio import audio_info, check_length
 from envs.errors import InputError
 from envs.speech import Interval, SileroDetector, VadState
 
@@ -31,18 +31,18 @@ def channel_blocks(path: Path, channels: Sequence[int], block_seconds: float) ->
     read = 0
     try:
         with soundfile.SoundFile(str(path)) as file:
-            for block in file.blocks(round(block_seconds * rate), dtype="float32", always_2d=True):
+            # Not `file.blocks`: it counts on what the header says, and repeats the last whole block of a file that ends
+            # before.
+            while len(block := file.read(round(block_seconds * rate), dtype="float32", always_2d=True)):
                 if not np.isfinite(block).all():
                     raise InputError(
                         f"recording {path} holds NaN or infinite samples after {read / rate:.1f} s: repair or remove it"
                     )
                 read += len(block)
                 yield np.ascontiguousarray(block.T[list(channels)])
-            expected = file.frames
     except soundfile.LibsndfileError as error:
         raise InputError(f"recording {path} cannot be read after {read / rate:.1f} s ({error}): truncated?") from error
-    if read < expected:
-        raise InputError(f"recording {path} ends after {read / rate:.1f} of {duration:.1f} s: it is truncated")
+    check_length(path, read / rate, duration)
 
 
 class SpeechStream:

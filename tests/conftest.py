@@ -9,6 +9,7 @@ os.environ.setdefault("NO_TORCH_COMPILE", "1")
 
 
 import pytest
+import soundfile
 import torch
 
 # Tests leave the user's own cache alone; the folder is one of this machine's temporary ones.
@@ -45,3 +46,20 @@ def one_of_each(nano_segments):
     """The shortest held-out segment of every axis."""
     axes = sorted({s.axis for s in nano_segments})
     return [min((s for s in nano_segments if s.axis == axis), key=lambda s: s.duration) for axis in axes]
+
+
+@pytest.fixture(scope="session")
+def write_mp3():
+    """A function that writes an mp3: whole, a share of its bytes, or without the tag that tells its length."""
+
+    def write(path, audio, rate, share=1.0, tag=True, mode="VARIABLE"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(str(path), audio, rate, format="MP3", compression_level=0.5, bitrate_mode=mode)
+        data = path.read_bytes()
+        if not tag:
+            begins = max(data.find(b"Xing"), data.find(b"Info"))
+            data = data[data.index(b"\xff", begins + 156) :]  # LAME's tag has 156 bytes, padded with zeros
+        path.write_bytes(data[: round(share * len(data))])
+        return path
+
+    return write

@@ -19,7 +19,7 @@ from rlhf_duplex.data.corpora.layout import Transcript
 from rlhf_duplex.data.curate_options import VoiceActivity
 from rlhf_duplex.data.recordings import Recording, check_recording, files_fingerprint
 
-_VERSION = 1
+_VERSION = 2
 _ENOUGH_WORDS, _LEAST_AGREEMENT, _SLACK_SECONDS = 20, 0.5, 0.3
 _SILENT_SECONDS, _SAME_SECONDS, _SAME_SHARE = 60.0, 5.0, 0.9
 

@@ -67,3 +67,27 @@ def test_resampling_is_that_of_librosa(shape, source, target):
     audio = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     expected = librosa.resample(audio, orig_sr=source, target_sr=target, res_type="soxr_hq")
     np.testing.assert_array_equal(resample(audio, source, target), expected)
+
+
+def noise(rate, seconds):
+    return np.random.default_rng(0).normal(0, 0.1, (round(seconds * rate), 2))
+
+
+def test_a_truncated_mp3_says_how_much_is_there(tmp_path, write_mp3):
+    # libsndfile announces all of it, and reads it in silence up to where it ends.
+    path = write_mp3(tmp_path / "cut.mp3", noise(16000, 40.0), 16000, share=0.4)
+    assert audio_info(path)[2] == pytest.approx(40, abs=0.01)
+    assert len(read_audio(path, 0, 16000, 2.0, 8.0)) == 6 * 16000
+    for start, end in [(0.0, None), (5.0, 30.0), (30.0, 35.0)]:
+        with pytest.raises(
+            InputError, match=r"cut.mp3 is truncated: 1\d.\d of 40.0 s are there: get it again, or conv"
+        ):
+            read_audio(path, 0, 16000, start, end)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_an_mp3_whose_header_promises_a_frame_too_much_is_whole(tmp_path, write_mp3, rate):
+    path = write_mp3(tmp_path / "a.mp3", noise(rate, 10.0), rate, tag=False, mode="CONSTANT")
+    promised = audio_info(path)[2]
+    assert 10.0 <= len(read_audio(path, 0, rate)) / rate <= promised < 10.2
+    assert len(read_audio(path, 0, rate, 0.0, 10.0)) == 10 * rate

@@ -77,3 +77,14 @@ def test_damaged_audio_is_named(tmp_path, silero):
         stream_speech([(tmp_path / "nan.wav", [0, 1])], silero, 0.5)
     with pytest.raises(InputError, match=r"channel 2 of .* is out of range: the file has 2"):
         stream_speech([(tmp_path / "nan.wav", [0, 2])], silero)
+
+
+def test_a_truncated_mp3_is_not_heard_again_and_again(tmp_path, silero, voice, write_mp3):
+    path = write_mp3(tmp_path / "cut.mp3", dialogue(voice, 16000), 16000, share=0.5)
+    # Blocks longer than what is there, and shorter.
+    for block_seconds in (1.0, 30.0):
+        with pytest.raises(InputError, match=r"cut.mp3 is truncated: 2\d.\d of 47.3 s are there: get it again"):
+            stream_speech([(path, [0, 1])], silero, block_seconds)
+    whole = write_mp3(tmp_path / "whole.mp3", dialogue(voice, 16000), 16000)
+    _, lasts = stream_speech([(whole, [0, 1])], silero, 30.0)
+    assert lasts == pytest.approx([47.3, 47.3], abs=0.01)

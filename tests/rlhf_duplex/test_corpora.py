@@ -220,6 +220,11 @@ def test_truncated_ogg(tmp_path, spoken):
     only_problem(tmp_path / "c", spoken, "cut", "cut.ogg is truncated")
 
 
+def test_truncated_mp3(tmp_path, spoken, write_mp3):
+    write_mp3(tmp_path / "c" / "cut.mp3", spoken.audio, spoken.rate, share=0.5)
+    only_problem(tmp_path / "c", spoken, "cut", "cut.mp3 is truncated: ")
+
+
 def test_a_name_that_is_no_text(tmp_path, spoken):
     path = write(tmp_path / "c" / "bad.wav", spoken.audio, spoken.rate)
     os.rename(path, os.fsencode(tmp_path / "c") + b"/b\xff.wav")
