@@ -143,7 +143,7 @@ def read_conversation(entry: Entry, sample_rate: int) -> Conversation:
 
     Raises:
         InputError: audio that is missing, truncated, of one channel or not of the announced length; a sidecar that is
-            missing, malformed, without words or with words beyond the end of the audio.
+            missing, malformed or with words beyond the end of the audio.
     """
     _, _, duration = audio_info(entry.path)
     if entry.duration is not None and abs(entry.duration - duration) > LENGTH_TOLERANCE:
@@ -170,8 +170,6 @@ def read_words(path: Path, duration: float) -> tuple[tuple[Word, ...], tuple[Wor
                 f"transcript {path}: '{word.text}' ends at {word.end:.2f} s, the recording at "
                 f"{duration:.2f} s: is the audio truncated, or the transcript another's?"
             )
-    if not any(sides):
-        raise InputError(f"transcript {path} holds no word")
     (agent, agent_clipped), (user, user_clipped) = map(without_overlap, sides)
     return tuple(agent), tuple(user), agent_clipped + user_clipped
 
@@ -226,11 +224,17 @@ def check_words(conversation: Conversation, agent: Sequence[Interval], user: Seq
 
     In every third of the dialogue at least half of a speaker's words (where there are six or more) must lie in or
     within half a second of their speech. Channels that were swapped, a clock that drifts and another file's transcript
-    all fail.
+    all fail. A log without any word is one of an agent that says nothing: speech of the agent is at odds with it.
 
     Raises:
         InputError: they do not fit.
     """
+    if agent and not conversation.agent_words and not conversation.user_words:
+        said = sum(i.end - i.start for i in agent)
+        raise InputError(
+            f"transcript {Path(conversation.path).with_suffix('.json')} holds no word, and {said:.1f} s of speech are "
+            "on the agent's channel (the left one): transcribe it, or is the channel right?"
+        )
     sides = (("agent", conversation.agent_words, agent), ("user", conversation.user_words, user))
     for name, words, speech in sides:
         for third in range(3):

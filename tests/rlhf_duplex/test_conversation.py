@@ -137,7 +137,6 @@ def test_no_recording_no_transcript(tmp_path, entry):
         ("{", "is not valid JSON"),
         ("[]", 'must be {"alignments"'),
         ('{"alignments": {}}', 'must be {"alignments"'),
-        ('{"alignments": []}', "holds no word"),
         ('{"alignments": [["a", [0, 1], "SPEAKER_MAIN"], ["b", [1], "X"]]}', r"alignments\[1\]: must be"),
         ('{"alignments": [["a", [NaN, 1], "X"]]}', r"alignments\[0\]: must be"),
         ('{"alignments": [[7, [0, 1], "X"]]}', r"alignments\[0\]: must be"),
@@ -149,6 +148,12 @@ def test_a_malformed_transcript_is_named(entry, text, message):
     entry.path.with_suffix(".json").write_text(text)
     with pytest.raises(InputError, match=message):
         read(entry)
+
+
+def test_nobody_need_say_a_word(entry):
+    entry.path.with_suffix(".json").write_text('{"alignments": []}')
+    log = read(entry)
+    assert (log.agent_words, log.user_words) == ((), ())
 
 
 def test_overlapping_words_are_clipped_and_counted(entry):
@@ -186,6 +191,10 @@ def test_words_must_fit_the_speech():
     # Channels that were swapped: the words are the other side's.
     with pytest.raises(InputError, match=r"of the user's words between 0 and 30 s.*channels swapped"):
         check_words(long_log((), words_at(*starts)), speech, [Interval(10.0, 13.0)])
+    # No word at all: as it should be of an agent that says nothing, and only of that.
+    check_words(long_log(()), [], speech)
+    with pytest.raises(InputError, match=r"x.json holds no word, and 15.0 s of speech are on the agent's channel"):
+        check_words(long_log(()), speech, [])
     # Too few words to say.
     check_words(long_log(words_at(10.0, 11.0, 12.0)), speech, [])
 

@@ -242,6 +242,19 @@ def test_a_reply_without_any_context(logs, opened, tmp_path, capsys):
     assert code == 0 or "no drawn reply is good enough" in said.out
 
 
+def test_an_agent_that_says_nothing_at_all_is_unresponsive(logs, opened, tmp_path, capsys):
+    name = of_kind(opened, "unresponsive")[0][0].provenance["dialogue"]
+    audio, rate = soundfile.read(logs / f"{name}.wav")
+    audio[:, 0] = 0.0
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    soundfile.write(folder / "mute.wav", audio, rate)
+    (folder / "mute.json").write_text('{"alignments": []}')
+    out = tmp_path / "pairs.jsonl"
+    assert pairs_command(folder, out, *TIMING, "--strict", "--page-pairs", "0") == 0, capsys.readouterr()
+    assert {pair.kind for pair in read_pairs(out)} == {"unresponsive"}
+
+
 def test_a_rewrite_is_spoken_in_the_replys_place(opened, streams, judge):
     late, heard, said = [], 0, 0
     for pair, chosen, rejected in of_kind(opened, "content"):
