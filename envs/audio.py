@@ -9,6 +9,7 @@ import soundfile
 from envs.errors import InputError
 from envs.files import replacing
 from envs.frames import samples_in
+from envs.mp3 import length_is_a_guess
 
 # Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
@@ -22,7 +23,7 @@ def audio_info(path: Path) -> tuple[int, int, float]:
     """Sample rate (Hz), number of channels and duration (s) of an audio file.
 
     Raises:
-        InputError: there is no such file, or libsndfile cannot read it.
+        InputError: there is no such file, libsndfile cannot read it, or it only guesses how long it is.
     """
     if not path.is_file():
         raise InputError(f"recording {path} does not exist: check the manifest's `recording` paths")
@@ -30,6 +31,11 @@ def audio_info(path: Path) -> tuple[int, int, float]:
         info = soundfile.info(str(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file
         raise InputError(f"recording {path} cannot be read as audio ({error}): is it corrupt or empty?") from error
+    if info.format == "MP3" and length_is_a_guess(path):
+        raise InputError(
+            f"recording {path} is an mp3 that does not say how long it is (no Xing header): its length is a guess: "
+            f"convert it to FLAC (ffmpeg -i {path.name} {path.stem}.flac)"
+        )
     return info.samplerate, info.channels, info.frames / info.samplerate
 
 

@@ -91,3 +91,25 @@ def test_an_mp3_whose_header_promises_a_frame_too_much_is_whole(tmp_path, write_
     promised = audio_info(path)[2]
     assert 10.0 <= len(read_audio(path, 0, rate)) / rate <= promised < 10.2
     assert len(read_audio(path, 0, rate, 0.0, 10.0)) == 10 * rate
+
+
+@pytest.mark.parametrize("front", [b"", b"ID3\x04\x00\x00\x00\x00\x08\x00" + b"\xff\xfb" * 512])
+def test_an_mp3_of_unknown_length_is_refused(tmp_path, write_mp3, front):
+    def with_front(tag, mode):
+        path = write_mp3(tmp_path / "a.mp3", audio, 24000, tag=tag, mode=mode)
+        path.write_bytes(front + path.read_bytes())
+        return path
+
+    audio = noise(24000, 20.0) * np.repeat([1.0, 0.001, 0.3, 0.0], 5 * 24000)[:, None]
+    for mode in ("VARIABLE", "AVERAGE", "CONSTANT"):
+        assert audio_info(with_front(True, mode))[2] == pytest.approx(20.0, abs=1e-3)
+    for mode in ("VARIABLE", "AVERAGE", "CONSTANT"):
+        path = with_front(False, mode)
+        seconds = soundfile.info(str(path)).duration
+        if mode == "CONSTANT" and not front:
+            assert seconds == pytest.approx(20.0, abs=0.15)
+            assert audio_info(path)[2] == seconds
+            continue
+        assert abs(seconds - 20.0) > 0.15  # what libsndfile makes of it
+        with pytest.raises(InputError, match=r"a.mp3 is an mp3 that does not say .* a guess: convert it to FLAC"):
+            audio_info(path)

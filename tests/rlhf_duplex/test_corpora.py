@@ -225,6 +225,11 @@ def test_truncated_mp3(tmp_path, spoken, write_mp3):
     only_problem(tmp_path / "c", spoken, "cut", "cut.mp3 is truncated: ")
 
 
+def test_mp3_of_unknown_length(tmp_path, spoken, write_mp3):
+    write_mp3(tmp_path / "c" / "vbr.mp3", spoken.audio, spoken.rate, tag=False)
+    only_problem(tmp_path / "c", spoken, "vbr", "its length is a guess: convert it to FLAC")
+
+
 def test_a_name_that_is_no_text(tmp_path, spoken):
     path = write(tmp_path / "c" / "bad.wav", spoken.audio, spoken.rate)
     os.rename(path, os.fsencode(tmp_path / "c") + b"/b\xff.wav")
