@@ -30,16 +30,21 @@ def complete_events(segments: list[Segment], detector: SpeechDetector) -> list[S
     return [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector) for s in segments]
 
 
+def no_user_speech(segment: Segment) -> InputError:
+    """What is wrong with a segment in which the detector hears no user."""
+    return InputError(
+        f"segment '{segment.id}' of {segment.recording} holds no user speech on channel {segment.user_channel}: "
+        "is `user_channel` right?"
+    )
+
+
 def _complete(segment: Segment, detector: SpeechDetector) -> Segment:
     episode = recorded_episode(segment, detector)
     shift = segment.start  # the episode of the recording starts at the segment's start
     # Speech detection to inter-pausal units to utterances, as in scoring: a detector splits at shorter silences.
     user, agent = (utterances(inter_pausal_units(side)) for side in (episode.user_speech, episode.agent_speech))
     if not user:
-        raise InputError(
-            f"segment '{segment.id}' of {segment.recording} holds no user speech on channel {segment.user_channel}: "
-            "is `user_channel` right?"
-        )
+        raise no_user_speech(segment)
     found: object
     if segment.axis == "pause_handling":
         found = [[p.start + shift, p.end + shift] for u in user for p in u.pauses]

@@ -18,11 +18,12 @@ import soundfile
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from envs.audio import resample
 from envs.errors import InputError
 from rlhf_duplex.cli import main
 from rlhf_duplex.config import load_config
 from rlhf_duplex.config_files import to_yaml
-from rlhf_duplex.inputs import NANO_DATA
+from rlhf_duplex.inputs import NANO_DATA, load_segments
 from rlhf_duplex.policy.bundle import NANO_FOLDER
 from rlhf_duplex.run_folder import check_data, claimed
 from rlhf_duplex.warmstart.config import load_warmstart_config
@@ -52,6 +53,11 @@ def manifest(tmp_path, recording="dialogue.wav", **changes):
 
 def write(tmp_path, samples, name="dialogue.wav"):
     soundfile.write(str(tmp_path / name), samples, 16000, subtype="FLOAT")
+
+
+def talk(spoken):
+    """The beginning of a dialogue, in which the user speaks."""
+    return resample(spoken.audio.T, spoken.rate, 16000).T[:48000]
 
 
 def noise(channels=2, seconds=3.0):
@@ -130,6 +136,9 @@ def test_bad_audio(tmp_path, capsys):
     broken[8000, 1] = np.nan
     write(tmp_path, broken)
     assert "NaN or infinite samples on channel 1" in error()
+    write(tmp_path, noise())  # loud enough, and nobody speaks: the event is given and cannot tell
+    heard = f"segment 's0' of {tmp_path / 'dialogue.wav'} holds no user speech on channel 1: is `user_channel` right?"
+    assert heard in error()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,18 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in failing(capsys, f"run_dir={tmp_path / 'file' / 'run'}")
 
 
-def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
+def test_speech_is_found_beside_what_is_louder(tmp_path, spoken, silero):
+    burst = np.random.default_rng(0).normal(0, 0.3, (64000, 2)).astype(np.float32)
+    write(tmp_path, np.concatenate([talk(spoken), burst]))
+    path = manifest(tmp_path, end=7.0)
+    (segment,) = load_segments(str(path), "train", silero)
+    assert segment.end == 7.0
+    manifest(tmp_path, start=3.5, end=7.0, events={"user_turn_end": 4.0})  # the burst alone
+    with pytest.raises(InputError, match="holds no user speech on channel 1"):
+        load_segments(str(path), "train", silero)
+
+
+def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys, spoken):
     run = tmp_path / "run"
     (run / "evaluation").mkdir(parents=True)
     failing(capsys, f"run_dir={run}", "segments=typo.jsonl")
@@ -253,7 +273,7 @@ def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys):
     assert main(["evaluate", f"run_dir={run}", f"checkpoint={run / 'checkpoints' / 'step_000001'}"]) == 2
     assert "lies in the run folder" in capsys.readouterr().err
     assert (run / "checkpoints" / "step_000001").is_dir()
-    write(run, noise())
+    write(run, talk(spoken))
     for argument in (f"segments={manifest(run)}", f"evaluation.segments={manifest(run)}"):
         assert "lies in the run folder" in failing(capsys, f"run_dir={run}", argument)
     assert main(["evaluate", f"run_dir={run}", f"evaluation.segments={run}/segments.jsonl"]) == 2
@@ -291,9 +311,9 @@ def test_a_tilde_is_the_users_folder_wherever_a_path_is_given(tmp_path, monkeypa
     assert not (tmp_path / "~").exists()
 
 
-def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys):
+def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys, spoken):
     path, run = manifest(tmp_path), tmp_path / "run"
-    write(tmp_path, noise())
+    write(tmp_path, talk(spoken))
     run.mkdir()
     check_data(run, False, "nano", {"segments": path})
     check_data(run, True, "nano", {"segments": path})
