@@ -16,6 +16,7 @@ from envs.speech import SpeechDetector, make_detector
 from rewards.aggregate import RewardFunction, RewardSpec
 from rlhf_duplex.config import Config
 from rlhf_duplex.evaluation.metrics import read_results
+from rlhf_duplex.held_out import segment_stretches, trained_on
 from rlhf_duplex.policy.bundle import bundle_info, check_bundle, find_bundle
 from rlhf_duplex.policy.codec import first_tokens
 from rlhf_duplex.policy.prompt import check_prompt
@@ -34,9 +35,13 @@ class Inputs:
     segments: list[Segment]
     trained: list[Segment]  # those of `segments` that are trained on
     held_out: list[Segment]
-    held_out_is_training: bool
+    held_out_trained: int  # held-out segments of audio that is trained on
     reward_function: RewardFunction
     detector: SpeechDetector
+
+    @property
+    def held_out_is_training(self) -> bool:
+        return self.held_out_trained == len(self.held_out)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -67,7 +72,8 @@ def load_inputs(config: Config) -> Inputs:
         raise InputError(f"train_axes: {config.segments} has no segment of the axis '{missing[0]}'")
     trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
-    return Inputs(segments, trained, held_out, evaluation is None, reward_function, detector)
+    shared = len(held_out) if evaluation is None else trained_on(held_out, segment_stretches(trained))
+    return Inputs(segments, trained, held_out, shared, reward_function, detector)
 
 
 def check_before(key: str, path: Path, config: Config, held_out: list[Segment]) -> None:

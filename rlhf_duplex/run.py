@@ -13,6 +13,7 @@ from rlhf_duplex.config import Config
 from rlhf_duplex.config_files import check_resumed
 from rlhf_duplex.evaluation.metrics import format_table, read_results
 from rlhf_duplex.evaluation.suite import put_aside, take_before
+from rlhf_duplex.held_out import overlap_line
 from rlhf_duplex.inputs import Inputs, check_before, load_inputs, manifest_path
 from rlhf_duplex.report.build import build_report
 from rlhf_duplex.run_folder import StoppedError, claimed, make_console, prepare_run_dir, stop_requests
@@ -83,6 +84,8 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     console.print(format_table(before, after))
     if inputs.held_out_is_training:
         console.print("measured on the training segments: give evaluation.segments for held-out ones")
+    elif inputs.held_out_trained:
+        console.print(overlap_line(inputs.held_out_trained, len(inputs.held_out)), soft_wrap=True)
     console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}", soft_wrap=True)
     return run_dir
 

@@ -83,6 +83,7 @@ class Trainer:
             "lead_in_seconds": config.context.lead_in,
             "seed": config.evaluation.seed,
             "on_training_segments": inputs.held_out_is_training,
+            "segments_trained_on": inputs.held_out_trained,
             "rewards": reward_options(config.rewards),
         }
         samples = config.evaluation.samples

@@ -182,6 +182,9 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             "These figures were measured on the training segments, not on held-out ones: they say nothing of how well "
             "the change carries over. Set evaluation.segments to a manifest of other recordings."
         )
+    elif any(result and result.get("segments_trained_on") for result in results.values()):
+        count = max(result.get("segments_trained_on", 0) for result in results.values() if result)
+        notes.append(f"{count} of the held-out segments are of audio that was trained on: these figures flatter.")
     before, after = results["before"], results["after"]
     if before and after and before.get("lead_in_seconds") != after.get("lead_in_seconds"):
         notes.append("Before and after were measured with different lead-ins, which alone moves these figures.")

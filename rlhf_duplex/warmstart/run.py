@@ -27,6 +27,7 @@ from rlhf_duplex.data.codes import open_cache
 from rlhf_duplex.data.pair import Pair, read_pairs, stream_format
 from rlhf_duplex.evaluation.metrics import format_table, read_results, reward_options
 from rlhf_duplex.evaluation.suite import evaluate_policy
+from rlhf_duplex.held_out import overlap_line, pair_stretches, trained_on
 from rlhf_duplex.inputs import NANO_DATA, check_machine, first_of_each, load_segments
 from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.policy.bundle import Bundle, load_bundle
@@ -48,6 +49,7 @@ class Suite:
     def __init__(self, config: WarmstartConfig) -> None:
         self.config = config
         self.segments: list[Segment] = []
+        self.trained = 0  # how many of them pairs are of that are trained on
         self.recorded: list[Segment] = []  # whose agents' words are held to be words
         if config.evaluation.segments is not None:
             self.detector: SpeechDetector = make_detector(config.detector.name, **config.detector.options)
@@ -75,7 +77,8 @@ class Suite:
             "checkpoint": config.checkpoint,
             "update": step,
             "lead_in_seconds": evaluation.lead_in,
-            "on_training_segments": False,
+            "on_training_segments": self.trained == len(self.segments),
+            "segments_trained_on": self.trained,
             "rewards": reward_options(config.rewards),
         }
         with progress(console, f"evaluation {name}", frames) as advance:
@@ -281,6 +284,7 @@ def _warmstart(
     device = str(machine.device) if spread else config.device
     bundle = load_bundle(config.checkpoint, device, dtype)
     read_pairs(Path(config.pairs), stream_format(bundle))
+    suite.trained = trained_on(suite.segments, pair_stretches(train, bundle.codec.frame_rate))
     before_path = run_dir / "evaluation" / "before.json"
     resumed = last_checkpoint(run_dir) if config.resume else None
     before: dict[str, Any] | None = None
@@ -317,6 +321,8 @@ def _warmstart(
     report = build_report(run_dir)
     if before is not None and after is not None:
         console.print(format_table(before, after))
+    if suite.trained:
+        console.print(overlap_line(suite.trained, len(suite.segments)), soft_wrap=True)
     console.print(
         f"wrote {report} and {last_checkpoint(run_dir)}; train from it with checkpoint={run_dir}", soft_wrap=True
     )
