@@ -13,10 +13,17 @@ from envs.mp3 import length_is_a_guess
 
 # Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
+# Those of recordings in formats that it does not read.
+UNREAD_SUFFIXES = (".m4a", ".mp4", ".webm", ".aac", ".wma", ".amr", ".mkv", ".mov")
 
 # Seconds by which a header may promise too much: of an mp3 that does not say how long it is, libsndfile takes the bytes
 # for audio, and so counts the decoder's delay (0.06 s at 44.1 kHz) and a tag at its end in.
 _PROMISED = 0.25
+
+
+def conversion(path: Path) -> str:
+    """What to do about a recording that libsndfile does not read."""
+    return f"libsndfile does not read {path.suffix}: ffmpeg -i {path.name} {path.stem}.flac"
 
 
 def audio_info(path: Path) -> tuple[int, int, float]:
@@ -27,6 +34,8 @@ def audio_info(path: Path) -> tuple[int, int, float]:
     """
     if not path.is_file():
         raise InputError(f"recording {path} does not exist: check the manifest's `recording` paths")
+    if path.suffix.lower() in UNREAD_SUFFIXES:
+        raise InputError(f"recording {path} cannot be read as audio: {conversion(path)}")
     try:
         info = soundfile.info(str(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,11 @@ def write(path, audio, rate, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(str(path), audio, rate, **options)
     return path
+
+
+def write_bytes(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"what libsndfile does not read")
 
 
 def write_json(path, value):
@@ -237,6 +243,26 @@ def test_a_name_that_is_no_text(tmp_path, spoken):
     _, recordings, problems = find_corpus(tmp_path / "c")
     assert [recording.id for recording in recordings] == ["good"]
     assert [tuple(problem) for problem in problems] == [("b?", "its name, or a file's, is not UTF-8: rename it")]
+
+
+def test_formats_that_are_not_read_are_named(tmp_path, spoken):
+    beside(tmp_path / "c", spoken)
+    for name in ("x.m4a", "sub/y.MP4", "whole.webm", "notes.txt"):
+        write_bytes(tmp_path / "c" / name)
+    summary, _ = curated(tmp_path / "c")
+    assert [tuple(problem) for problem in summary.problems] == [
+        ("sub/y", "libsndfile does not read .MP4: ffmpeg -i y.MP4 y.flac"),
+        ("x", "libsndfile does not read .m4a: ffmpeg -i x.m4a x.flac"),
+    ]  # and not of `whole`, which was converted
+    (tmp_path / "c" / "whole.wav").unlink()
+    with pytest.raises(InputError, match=r"the first thing that is wrong: sub/y: libsndfile does not read .MP4"):
+        find_corpus(tmp_path / "c")
+    folder = make_seamless(tmp_path / "seamless", spoken)
+    for person in ("P0001", "P0002A"):
+        write_bytes(folder / f"V00_S0809_I00000582_{person}.mp4")  # the videos of the release
+    write_bytes(folder / "V00_S0809_I00000583_P0001.m4a")
+    _, _, problems = find_corpus(tmp_path / "seamless")
+    assert [Path(problem.recording).name for problem in problems] == ["V00_S0809_I00000583_P0001"]
 
 
 def test_one_channel(tmp_path, spoken):

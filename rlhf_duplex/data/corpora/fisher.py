@@ -13,6 +13,7 @@ from rlhf_duplex.data.corpora.layout import (
     by_time,
     one_file,
     times_of,
+    unread,
 )
 from rlhf_duplex.data.corpora.stereo import Stereo
 from rlhf_duplex.data.recordings import Problem, Recording
@@ -37,6 +38,7 @@ class Fisher(Stereo):
             if file.suffix.lower() == ".sph" or (_FISHER.match(file.stem) and file.suffix.lower() in AUDIO_SUFFIXES):
                 text = texts.get(file.stem)
                 yield one_file(file, file.stem, (text,) if text else (), speakers.get(file.stem))
+        yield from unread((file for file in files if _FISHER.match(file.stem)), path)
 
     def words(self, recording: Recording) -> Transcript:
         (path,) = recording.sidecars

@@ -3,10 +3,11 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from envs.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, conversion
 from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval
@@ -57,6 +58,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from error
+
+
+def unread(files: Iterable[Path], root: Path) -> Iterator[Problem]:
+    """The files that would be recordings if libsndfile read them; not those beside which lies what they became."""
+    files = list(files)
+    converted = {file.with_suffix("") for file in files if file.suffix.lower() in AUDIO_SUFFIXES}
+    for file in files:
+        if file.suffix.lower() in UNREAD_SUFFIXES and file.with_suffix("") not in converted:
+            yield Problem(identity_of(file, root), conversion(file))
 
 
 def times_of(start: Any, end: Any, where: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from envs.audio import AUDIO_SUFFIXES
 from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval
-from rlhf_duplex.data.corpora.layout import Transcript, read_json, times_of, words_apart
+from rlhf_duplex.data.corpora.layout import Transcript, read_json, times_of, unread, words_apart
 from rlhf_duplex.data.recordings import Problem, Recording, Side
 
 _PARTICIPANT = re.compile(r"^(V\w+?)_(S\w+?)_(I\w+?)_(P\w+)$")
@@ -40,6 +40,7 @@ class Seamless:
                 missing = next(sidecar for sidecar in sidecars if sidecar not in there)
                 yield Problem(identity, f"used without transcript and speech times: {missing.name} is missing")
             yield Recording(identity, (first, second), there if len(there) == 2 else ())
+        yield from unread((file for file in files if _PARTICIPANT.match(file.stem)), path)
 
     def words(self, recording: Recording) -> Transcript:
         sides: Transcript = ([], [])

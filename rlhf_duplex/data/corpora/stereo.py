@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from envs.audio import AUDIO_SUFFIXES
+from envs.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 from envs.errors import InputError
 from envs.speech import Interval
 from rlhf_duplex.data.conversation import read_alignments
@@ -15,6 +15,7 @@ from rlhf_duplex.data.corpora.layout import (
     read_json,
     sidecar_of,
     times_of,
+    unread,
     words_apart,
 )
 from rlhf_duplex.data.recordings import Problem, Recording
@@ -26,12 +27,13 @@ class Stereo:
     _any_json_is_a_sidecar = False
 
     def matches(self, path: Path, files: list[Path]) -> bool:
-        return any(file.suffix.lower() in AUDIO_SUFFIXES for file in files)
+        return any(file.suffix.lower() in (*AUDIO_SUFFIXES, *UNREAD_SUFFIXES) for file in files)
 
     def recordings(self, path: Path, files: list[Path]) -> Iterator[Recording | Problem]:
         for file in files:
             if file.suffix.lower() in AUDIO_SUFFIXES:
                 yield one_file(file, identity_of(file, path), sidecar_of(file))
+        yield from unread(files, path)
 
     def words(self, recording: Recording) -> Transcript:
         # moshi-finetune: left, side 0, is the main speaker; everybody else is on the right.
