@@ -12,8 +12,9 @@ A configuration with `stages` is a pipeline; a stage is the command line that a 
         makes: ${run_dir}/warm/evaluation/after.json
 
 What a stage depends on is its command line and the content of every file and folder that it names (but those that it
-makes), plus those under `needs`. A stamp in `RUN_DIR/.stages/` holds their hash; a finished stage whose stamp still
-fits is not run again. One that was interrupted goes on with `resume=true` where it can.
+makes), plus those under `needs`; of a manifest among them, also the recordings that it names. A stamp in
+`RUN_DIR/.stages/` holds their hash; a finished stage whose stamp still fits is not run again. One that was interrupted
+goes on with `resume=true` where it can.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from typing import Any
 
 from envs.errors import InputError
 from envs.files import write_text
+from rlhf_duplex.data.recordings import files_fingerprint, named_files
 from rlhf_duplex.run_folder import keep_old, stops
 
 RESUMED = ("train", "warmstart")  # commands that take resume=true
@@ -189,13 +191,15 @@ def inputs_of(stage: Stage) -> list[Path]:
 
 
 def stage_hash(stage: Stage) -> str:
-    """Of the command line and the content of all inputs.
+    """Of the command line and the content of all inputs, and of the recordings that manifests among them name.
 
     Raises:
-        InputError: an input under `needs` is not there.
+        InputError: an input under `needs` is not there, or a recording cannot be read.
     """
     digest = hashlib.sha256(json.dumps(stage.arguments).encode())
-    for path in inputs_of(stage):
+    inputs = inputs_of(stage)
+    folders = [path.resolve() for path in (*inputs, *stage.makes)]
+    for path in inputs:
         if not path.exists():
             raise InputError(f"stage '{stage.name}' needs {path}, which does not exist")
         for file in _files(path, {made.resolve() for made in stage.makes}):
@@ -204,6 +208,14 @@ def stage_hash(stage: Stage) -> str:
             digest.update(f"\0{shown}\0{file.relative_to(path)}\0".encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
+            # What lies in another input is read whole, above. A corpus is not: it is too large for that.
+            outside = [
+                named
+                for named in (named_files(file) if file.suffix == ".jsonl" else ())
+                if not any(named.resolve().is_relative_to(folder) for folder in folders)
+            ]
+            if outside:
+                digest.update(files_fingerprint(tuple(outside), times=False).encode())
     return digest.hexdigest()
 
 

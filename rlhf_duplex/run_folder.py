@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from envs.errors import InputError
 from envs.files import write_text
 from rlhf_duplex.config_files import check_resumed, to_yaml
+from rlhf_duplex.data.recordings import files_fingerprint, named_files
 from rlhf_duplex.policy.bundle import find_bundle, weights_digest
 
 
@@ -110,10 +111,13 @@ def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str,
         files: manifests by the key of the configuration that names them.
 
     Raises:
-        InputError: one of them has changed since the run began, or the note is damaged.
+        InputError: one of them, or of the files that it names, has changed since the run began, or the note is damaged.
     """
     path = run_dir / "provenance.json"
     now = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    named = {key: named_files(file) for key, file in files.items() if file.suffix == ".jsonl"}
+    audio = {f"{key}: files": files_fingerprint(paths, times=False) for key, paths in named.items() if paths}
+    now |= audio
     now["checkpoint"] = weights_digest(checkpoint)
     try:
         before = json.loads(path.read_text())["sha256"] if resume and path.is_file() else {}
@@ -121,7 +125,8 @@ def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str,
         raise InputError(f"{path} is damaged ({error}): remove it to go on with what there is now") from error
     for key, digest in now.items():
         if before.get(key, digest) != digest:
-            changed = files.get(key, checkpoint)
+            manifest = files.get(key.removesuffix(": files"), checkpoint)
+            changed = f"a recording or shard that {manifest} names" if key in audio else manifest
             raise InputError(
                 f"resume: {changed} is not what it was when this run began: put the old one back, or start without "
                 f"resume=true (remove {path} to go on with what there is now)"

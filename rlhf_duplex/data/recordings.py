@@ -1,6 +1,7 @@
 """A two-speaker recording of a corpus: where its sides are, who speaks, and whether its files are whole."""
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -120,12 +121,35 @@ def _check_whole(path: Path) -> None:
 
 
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 16, 4096
+# Keys of a line that name a file: of manifests, lists of recordings and pairs.
+_NAMING = ("recording", "agent_recording", "path", "shard")
 
 
-def files_fingerprint(paths: tuple[Path, ...]) -> str:
+def named_files(listing: Path) -> tuple[Path, ...]:
+    """The files that lines of a `.jsonl` name and that are there: recordings, words beside them, shards of pairs."""
+    found: dict[str, None] = {}
+    for line in listing.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # an empty line, or what the command that reads it will name
+            continue
+        for key in _NAMING if isinstance(row, dict) else ():
+            if isinstance(row.get(key), str):
+                path = os.path.join(listing.parent, row[key])
+                found[path] = None
+                if key == "path":
+                    found[os.path.splitext(path)[0] + ".json"] = None
+    return tuple(Path(path) for path in found if os.path.isfile(path))  # a text is too long for a Path
+
+
+def files_fingerprint(paths: tuple[Path, ...], times: bool = True) -> str:
     """What tells files from other ones: their sizes, times of change, and some of their content.
 
     Reading all of a corpus anew to find out that it was done already would cost hours.
+
+    Args:
+        paths: of the files.
+        times: whether a file that was written anew counts as another: not where data may have been copied since.
 
     Raises:
         InputError: one of them cannot be read.
@@ -137,7 +161,8 @@ def files_fingerprint(paths: tuple[Path, ...]) -> str:
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns};".encode())
+                changed = f":{status.st_mtime_ns}" if times else ""
+                digest.update(f"{path.name}:{status.st_size}{changed};".encode(errors="surrogateescape"))
                 step = max(_BLOCK_BYTES, status.st_size // _SAMPLED_BLOCKS)
                 for position in range(0, status.st_size, step):
                     file.seek(position)

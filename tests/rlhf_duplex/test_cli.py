@@ -322,6 +322,20 @@ def test_what_a_resumed_run_learns_from_is_what_it_was(tmp_path, capsys, spoken)
     assert "segments.jsonl is not what it was when this run began" in failing(
         capsys, f"run_dir={run}", f"segments={path}", "resume=true"
     )
+    manifest(tmp_path)
+    audio = (tmp_path / "dialogue.wav").read_bytes()
+    write(tmp_path, talk(spoken)[::-1])  # as long as it was, and the manifest is the old one
+    changed = f"resume: a recording or shard that {path} names is not what it was when this run began"
+    with pytest.raises(InputError, match=re.escape(changed)):
+        check_data(run, True, "nano", {"segments": path})
+    (tmp_path / "dialogue.wav").write_bytes(audio)  # only its time is another
+    check_data(run, True, "nano", {"segments": path})
+    note = json.loads((run / "provenance.json").read_text())
+    del note["sha256"]["segments: files"]  # as earlier versions wrote it
+    (run / "provenance.json").write_text(json.dumps(note))
+    write(tmp_path, talk(spoken)[::-1])
+    check_data(run, True, "nano", {"segments": path})
+    manifest(tmp_path, end=2.5)
     check_data(run, False, "nano", {"segments": path})  # a run that begins anew takes what there is
     (run / "provenance.json").write_text("{")
     assert "provenance.json is damaged" in failing(capsys, f"run_dir={run}", f"segments={path}", "resume=true")
