@@ -185,13 +185,18 @@ def load_plan(path: Path, arguments: Sequence[str] = ()) -> Plan:
     return Plan(config, base, tuple(conditions), tuple(skipped), tuple(trials), tuple(seeds), tuple(shared))
 
 
+def trial_name(condition: Condition, seed: int) -> str:
+    """Of a trial, its folder and its record."""
+    return f"{slug(condition.name)}_seed{seed}"
+
+
 def make_trial(config: AblationConfig, shared: Sequence[str], condition: Condition, seed: int) -> Trial:
     """A condition with a seed.
 
     Raises:
         InputError: its configuration is not what it must be.
     """
-    name = f"{slug(condition.name)}_seed{seed}"
+    name = trial_name(condition, seed)
     loaded = load_config(Path(config.base), [*shared, *as_arguments(condition.overrides), f"seed={seed}"])
     _check_trial(loaded)
     loaded.run_dir = str(Path(config.run_dir) / "trials" / name)

@@ -113,7 +113,7 @@ def run_jobs(
     def trial_started(values: Mapping[str, Any]) -> None:
         begun[values["trial"]] = time.monotonic() - read_record(root, values["trial"]).seconds
 
-    def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
+    def trial_ended(values: Mapping[str, Any], lost: str) -> None:
         job = by_name[values["trial"]]
         record = read_record(job.root, job.name)
         if stop_file.exists() and record == Record():
@@ -140,7 +140,7 @@ def run_search(
     workers: int,
     config: RayConfig,
     stopping: Callable[[], bool],
-    ended: Callable[[str], None],
+    ended: Callable[[Mapping[str, Any], str], None],
 ) -> None:
     """Run points that Optuna proposes, each with all its seeds one after another.
 
@@ -149,7 +149,8 @@ def run_search(
         root: the ablation's folder; points are kept in it before they are run.
         known: points of earlier calls with what they gave, None for those that failed.
         make_jobs: the trials of a point.
-        workers, config, stopping, ended: as in `run_jobs`; `ended` gets a point's name.
+        workers, config, stopping: as in `run_jobs`.
+        ended: called with each point that has ended, and why it was lost to Ray, if it was.
     """
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
@@ -194,9 +195,9 @@ def run_search(
         if means:  # else its trials have failed, and their records say why
             tune.report({"objective": sum(means) / len(means)})
 
-    def trial_ended(values: Mapping[str, Any], lost: bool) -> None:
+    def trial_ended(values: Mapping[str, Any], lost: str) -> None:
         if not stop_file.exists():
-            ended(point_name({key: round_off(value) for key, value in values.items()}))
+            ended({key: round_off(value) for key, value in values.items()}, lost)
 
     left = search.points - len(known)
     if left > 0:
@@ -213,9 +214,12 @@ def _tune(
     stop_file: Path,
     stopping: Callable[[], bool],
     started: Callable[[Mapping[str, Any]], None],
-    ended: Callable[[Mapping[str, Any], bool], None],
+    ended: Callable[[Mapping[str, Any], str], None],
 ) -> None:
-    """Tune's loop. To stop, `stop_file` asks the trials that run, wherever they do, and the loop waits for them."""
+    """Tune's loop. To stop, `stop_file` asks the trials that run, wherever they do, and the loop waits for them.
+
+    `ended` is told why a trial was lost, where it ended with an error of its own process; else the text is empty.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns will be its default
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals come in through `stopping`
@@ -236,6 +240,13 @@ def _tune(
 
     running: set[str] = set()
     asked: set[str] = set()
+    directory = os.getcwd()
+
+    def at_home(values: Mapping[str, Any]) -> None:
+        # Tune moves into a folder of the trial's own, but paths lead from where the command was given.
+        if os.path.isdir(directory):
+            os.chdir(directory)
+        trainable(values)
 
     class Silent(Local, TrialProgressCallback):
         """In place of Tune's own, which prints a line without contents for each trial."""
@@ -255,11 +266,11 @@ def _tune(
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
-            self.functions[1](trial.config, False)
+            self.functions[1](trial.config, "")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
-            self.functions[1](trial.config, True)
+            self.functions[1](trial.config, _why(trial))
 
     class Stopping(Local, tune.Stopper):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -287,7 +298,7 @@ def _tune(
         # What Tune itself writes is not needed: the ablation's folder has all.
         with tempfile.TemporaryDirectory(prefix="rlhf_duplex_tune_") as folder:
             tune.Tuner(
-                tune.with_resources(trainable, {"cpu": config.cpus, "gpu": config.gpus}),
+                tune.with_resources(at_home, {"cpu": config.cpus, "gpu": config.gpus}),
                 param_space=space,
                 tune_config=settings,
                 run_config=tune.RunConfig(
@@ -303,3 +314,13 @@ def _tune(
         stop_file.unlink(missing_ok=True)
         if ours:
             ray.shutdown()
+
+
+def _why(trial: Any) -> str:
+    """What ended a trial's process, on one line, without the traceback that Ray puts around it."""
+    try:
+        error = trial.get_pickled_error()
+    except Exception as failure:  # noqa: BLE001  an error of whatever class, which need not survive pickling
+        error = failure
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[-300:]}" if cause else "Lost: its process ended"

@@ -14,8 +14,18 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from envs.files import write_text
-from rlhf_duplex.ablate.plan import Condition, Plan, Trial, as_arguments, condition_values, describe, make_trial
+from rlhf_duplex.ablate.plan import (
+    Condition,
+    Plan,
+    Trial,
+    as_arguments,
+    condition_values,
+    describe,
+    make_trial,
+    trial_name,
+)
 from rlhf_duplex.ablate.ray_tune import AshaConfig
+from rlhf_duplex.ablate.search import point_name
 from rlhf_duplex.ablate.table import plan_tables, write_table
 from rlhf_duplex.ablate.trial import (
     Job,
@@ -213,9 +223,10 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
         condition = Condition(describe(overrides), dict(overrides))
         return [_job(plan, make_trial(plan.config, plan.shared, condition, seed)) for seed in plan.seeds]
 
-    def ended(name: str) -> None:
+    def ended(overrides: Mapping[str, Any], lost: str) -> None:
         log.ended += len(plan.seeds)
-        log.console.print(f"point {name} has ended")
+        why = _record_lost(plan, Condition(describe(overrides), dict(overrides)), lost)
+        log.console.print(f"point {point_name(overrides)} {why or 'has ended'}", soft_wrap=True)
 
     config = plan.config
     if config.budget.trials:
@@ -224,6 +235,23 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
             log.console.print(f"budget.trials leaves room for {max(0, room)} of {search.points} points")
             search = replace(search, points=room)
     run_search(search, plan.run_dir.resolve(), known, jobs, config.workers, config.ray, stop, ended)
+
+
+def _record_lost(plan: Plan, point: Condition, lost: str) -> str:
+    """Make failures of a point's trials that have neither a result nor a record: Ray lost them. Gives why, if so."""
+    text = ""
+    kept = plan.run_dir / "points" / f"{point_name(point.overrides)}.json"
+    if not kept.is_file():  # a plan that is loaded again is to have it, and fail with it
+        number = len(list(kept.parent.glob("*.json")))
+        write_text(kept, json.dumps({"number": number, "overrides": point.overrides}) + "\n")
+    for seed in plan.seeds:
+        name = trial_name(point, seed)
+        finished = (plan.run_dir / "trials" / name / "evaluation" / "after.json").is_file()
+        if not finished and read_record(plan.run_dir, name) == Record():
+            kind, _, why = (lost or "Lost: ended without a result").partition(": ")
+            write_record(plan.run_dir, name, Record("failed", 1, 0.0, kind, why))
+            text = f"was not run ({kind}: {why})"
+    return text
 
 
 class _Steps:
