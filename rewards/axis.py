@@ -32,6 +32,7 @@ from typing import Any, ClassVar, TypeVar
 from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment
+from rewards.details import plain_details
 
 ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
 
@@ -42,7 +43,8 @@ class Score:
 
     Attributes:
         value: the reward; higher is better.
-        details: what it was made of, by name (seconds, counts, intervals as `[start, end]`), for logs and timelines.
+        details: what it was made of, by name (seconds, counts, intervals as `[start, end]`), for logs and timelines;
+            None where there is no such number.
     """
 
     value: float
@@ -242,33 +244,47 @@ def checked_scores(axis: RewardAxis, episodes: Sequence[Episode]) -> list[Score 
     """`axis.score`, with what it returns held against the contract.
 
     Raises:
-        ValueError: a wrong length, a type that is no Score, or a value that is not finite; names axis and episode.
+        ValueError: a wrong length, a type that is no Score, a value that is not finite, or details that cannot be
+            saved; names axis and episode.
     """
     return check_scores(axis, axis.score(episodes), episodes)
 
 
 def check_scores(axis: RewardAxis, scores: Any, episodes: Sequence[Episode]) -> list[Score | None]:
-    """What an axis gave for the episodes, held against the contract; raises as `checked_scores`."""
+    """What an axis gave for the episodes, held against the contract; raises as `checked_scores`.
+
+    Numbers of whatever kind (numpy's, fractions) come back as plain ones: they are saved after a whole evaluation.
+    """
     if not isinstance(scores, list | tuple):
         raise ValueError(f"reward axis '{axis.name}': score must return a list, found {type(scores).__name__}")
     if len(scores) != len(episodes):
         raise ValueError(f"reward axis '{axis.name}' gave {len(scores)} scores for {len(episodes)} episodes")
+    found = []
     for score, episode in zip(scores, episodes, strict=True):
-        if score is None:
-            continue
-        if not isinstance(score, Score):
+        try:
+            found.append(None if score is None else _plain_score(score))
+        except ValueError as error:
             raise ValueError(
-                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': expected a Score or None, "
-                f"found {type(score).__name__}"
-            )
-        if not isinstance(score.value, Real):
-            raise ValueError(
-                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': the value must be a number, "
-                f"found {type(score.value).__name__}"
-            )
-        if not math.isfinite(score.value):
-            raise ValueError(
-                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': the value {score.value} is "
-                "not finite; return None where an episode cannot be judged"
-            )
-    return list(scores)
+                f"reward axis '{axis.name}', episode of segment '{episode.segment.id}': {error}"
+            ) from error
+    return found
+
+
+def _plain_score(score: Any) -> Score:
+    if not isinstance(score, Score):
+        raise ValueError(f"expected a Score or None, found {type(score).__name__}")
+    if not isinstance(score.value, Real):
+        raise ValueError(f"the value must be a number, found {type(score.value).__name__}")
+    try:
+        value = float(score.value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the value {value} is not finite; return None where an episode cannot be judged")
+    try:
+        return Score(value, plain_details(score.details))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"details cannot be saved as JSON ({error}): use numbers, strings, lists and dictionaries "
+            "(`x.tolist()` for an array)"
+        ) from error

@@ -13,6 +13,7 @@ from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
 from rewards.axis import Score
+from rewards.details import finite
 from rlhf_duplex.config import Config, EvaluationConfig
 from rlhf_duplex.evaluation.distributions import backchannel_timing
 from rlhf_duplex.evaluation.metrics import read_results, segment_values, write_results
@@ -145,5 +146,5 @@ def save_examples(folder: Path, episodes: Sequence[Episode], scores: Sequence[Sc
         ids.add(episode.segment.id)
         place = folder / file_name(episode.segment.id)
         episode.save(place)
-        record = {axis: {"value": s.value, "details": dict(s.details)} for axis, s in row.items() if s is not None}
-        write_text(place / "scores.json", json.dumps(record, ensure_ascii=False))
+        record = {axis: {"value": s.value, "details": finite(s.details)} for axis, s in row.items() if s is not None}
+        write_text(place / "scores.json", json.dumps(record, ensure_ascii=False, allow_nan=False))

@@ -58,6 +58,10 @@ BROKEN = [
     (counting, r"with the same episodes again"),
     (changing, r"changes the episode of segment"),
     (lambda self, es: [Score(e.duration, {"audio": e.user_audio}) for e in es], r"cannot be saved as JSON"),
+    (
+        lambda self, es: [Score(e.duration, {"turns": [{"rate": float("inf")}]}) for e in es],
+        r"details of segment '.*' hold a number that is not finite, `turns\[0\].rate`",
+    ),
     (lambda self, es: [None for e in es], r"scores none of the 8 episodes"),
     (lambda self, es: es[0] and [Score(e.duration) for e in es], r"with no episode at all: raises"),
     (lambda self, es: [Score(es[0].duration) for e in es], r"with the episodes in reverse order, segment"),

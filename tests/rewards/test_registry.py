@@ -1,5 +1,8 @@
+import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 import rewards.axis
@@ -7,6 +10,7 @@ from envs import InputError
 from rewards import RewardAxis, Score, checked_scores, find_axis, make_axis, register_axis, registered_axes
 from rewards.aggregate import RewardFunction, RewardSpec
 from rewards.axis import axes_in_file
+from rewards.details import finite, not_finite
 
 BUILT_IN = {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
 
@@ -134,13 +138,32 @@ def test_an_axis_from_a_module_in_the_working_directory(tmp_path, monkeypatch):
         (None, "reward axis 'given': score must return a list, found NoneType"),
         ([Score(math.nan)], "reward axis 'given', episode of segment 's7': the value nan is not finite"),
         ([Score(math.inf)], "the value inf is not finite"),
+        ([Score(10**400)], "the value inf is not finite"),
         ([Score("high")], "the value must be a number, found str"),
+        ([Score(np.bool_(True))], "the value must be a number, found bool"),
+        ([Score(1.0, None)], "'s7': details cannot be saved as JSON .they must be a dictionary, found NoneType"),
+        ([Score(1.0, {"db": np.zeros(2)})], "'s7': details cannot be saved as JSON .Object of type ndarray"),
         ([0.5], "'s7': expected a Score or None, found float"),
     ],
 )
 def test_a_broken_contract_names_axis_and_episode(scores, message, episode):
     with pytest.raises(ValueError, match=message):
         checked_scores(axis_giving(scores), [episode("turn_taking")])
+
+
+def test_numbers_of_every_kind_are_plain_ones(episode):
+    details = {"n": np.int64(3), "spans": [(np.float32(0.5), 1.0)], np.int64(2): np.array(1.5), "none": math.nan}
+    for value in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        (score,) = checked_scores(axis_giving([Score(value, details)]), [episode("turn_taking")])
+        assert type(score.value) is float
+        saved = json.dumps(finite(score.details), allow_nan=False)
+        assert json.loads(saved) == {"n": 3, "spans": [[0.5, 1.0]], "2": 1.5, "none": None}
+    assert not_finite({"a": [1, {"b": [0.0, -math.inf]}]}) == "a[1].b[1]"
+    assert not_finite({"a": [1, None, "nan", True]}) == ""
+    loop: dict = {}
+    loop["loop"] = loop
+    with pytest.raises(ValueError, match="they hold themselves"):
+        checked_scores(axis_giving([Score(1.0, loop)]), [episode("turn_taking")])
 
 
 def test_an_axis_that_defines_no_score(episode):
