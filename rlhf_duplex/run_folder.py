@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from envs.errors import InputError
 from envs.files import write_text
+from rlhf_duplex.axis_sources import check_axes, note_axes
 from rlhf_duplex.config_files import check_resumed, to_yaml
 from rlhf_duplex.data.recordings import files_fingerprint, named_files
 from rlhf_duplex.policy.bundle import find_bundle, weights_digest
@@ -42,7 +43,7 @@ def prepare_run_dir(
         records: write the configuration; not where a run that is there is only measured.
 
     Raises:
-        InputError: it cannot be written, or the run to resume had another configuration or other data.
+        InputError: it cannot be written, or the run to resume had another configuration, other data or other axes.
     """
     run_dir = Path(config.run_dir)
     if run_dir.name in ("", ".."):  # `.`: it could not be renamed
@@ -59,7 +60,9 @@ def prepare_run_dir(
         if config.resume:
             check(config, run_dir / "config.yaml")
         if files is not None:
+            axes = check_axes(run_dir, config.resume, config.rewards)
             check_data(run_dir, config.resume, config.checkpoint, files)
+            note_axes(run_dir, axes)
         if records:
             write_text(run_dir / "config.yaml", to_yaml(config))
     except OSError as error:

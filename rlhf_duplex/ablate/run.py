@@ -39,6 +39,7 @@ from rlhf_duplex.ablate.trial import (
     run_job,
     write_record,
 )
+from rlhf_duplex.axis_sources import axis_sources
 from rlhf_duplex.config import Config
 from rlhf_duplex.config_files import to_yaml
 from rlhf_duplex.evaluation.metrics import read_results, reward_options
@@ -302,7 +303,7 @@ def _before(plan: Plan, config: Config) -> Job | Path | None:
 
 
 def before_key(config: Config) -> str:
-    """A name for all that decides the evaluation before training: weights of rewards and the seed do not."""
+    """A name for all that decides the evaluation before training: an axis' code does, weights and the seed do not."""
     from rlhf_duplex.policy.bundle import weights_digest
 
     whole = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
@@ -310,6 +311,8 @@ def before_key(config: Config) -> str:
     rewards = reward_options(whole["rewards"])
     parts = {key: whole[key] for key in DECIDE_BEFORE} | {"lead_in": whole["context"]["lead_in"], "rewards": rewards}
     parts["weights"] = weights_digest(config.checkpoint)
+    if axes := axis_sources(whole["rewards"]):
+        parts["axes"] = axes
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from envs.errors import InputError
 from envs.files import write_text
+from rlhf_duplex.axis_sources import axis_sources, changed_axis
 from rlhf_duplex.config_files import DECIDES_NUMBERS, check_resumed, to_yaml
 
 POLL_SECONDS = 0.5
@@ -110,8 +111,13 @@ def check_same(name: str, config: Any) -> None:
     """A trial that was begun must be the trial that is asked for.
 
     Raises:
-        InputError: it was begun with another configuration.
+        InputError: it was begun with another configuration, or with other code of an axis.
     """
+    if changed := changed_axis(Path(config.run_dir), axis_sources(config.rewards)):
+        raise InputError(
+            f"trial {name} was run with other code of the reward axis '{changed}': put the old one back, choose "
+            f"another folder with run_dir=..., or remove {config.run_dir}"
+        )
     try:
         check_resumed(config, Path(config.run_dir) / "config.yaml", _FIXED, _FREE)
     except InputError as error:
