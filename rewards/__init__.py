@@ -2,6 +2,7 @@
 
 from rewards.aggregate import EarlyScores, RewardFunction, RewardSpec
 from rewards.axis import (
+    LeftOut,
     RewardAxis,
     Score,
     checked_scores,
@@ -26,6 +27,7 @@ __all__ = [
     "EarlyScores",
     "Fluency",
     "JudgedAxis",
+    "LeftOut",
     "Overlap",
     "PauseHandling",
     "Repetition",

@@ -10,7 +10,7 @@ import numpy as np
 from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import Segment
-from rewards.axis import Score, check_scores, make_axis
+from rewards.axis import LeftOut, Score, check_scores, make_axis
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,10 @@ class RewardFunction:
     def metrics(self) -> dict[str, float]:
         """Every axis' own figures since the last call, as `axis/figure`."""
         return {f"{name}/{key}": value for name, axis in self.axes.items() for key, value in axis.metrics().items()}
+
+    def left_out(self) -> dict[str, LeftOut]:
+        """By axis, what it could not score since the last call; of those that say so."""
+        return {name: found for name, axis in self.axes.items() if (found := axis.left_out()) is not None}
 
     def total(self, scores: Mapping[str, Score | None]) -> float:
         """The weighted sum over the axes that gave a score (0 where none did)."""

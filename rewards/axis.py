@@ -35,6 +35,7 @@ from envs.segments import SEGMENT_AXES, Segment
 from rewards.details import plain_details
 
 ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
+WARN_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,33 @@ class Score:
 
     value: float
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Episodes that an axis could not score although it applies to them.
+
+    Attributes:
+        count: of them; total: of the episodes that it applies to.
+        reasons: why, each once, without any secret.
+    """
+
+    count: int
+    total: int
+    reasons: tuple[str, ...] = ()
+
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        reasons = dict.fromkeys([*self.reasons, *other.reasons])
+        return LeftOut(self.count + other.count, self.total + other.total, tuple(reasons))
+
+    @property
+    def many(self) -> bool:
+        """Whether somebody should be told."""
+        return self.count > WARN_SHARE * self.total
+
+    def __str__(self) -> str:
+        why = f" ({'; '.join(self.reasons[:3])})" if self.reasons else ""
+        return f"{self.count} of {self.total} episodes could not be judged and are left out{why}"
 
 
 class RewardAxis:
@@ -93,6 +121,10 @@ class RewardAxis:
     def metrics(self) -> dict[str, float]:
         """Figures for the log since the last call, by name (calls, tokens, failures); none by default."""
         return {}
+
+    def left_out(self) -> LeftOut | None:
+        """What it could not score since the last call, for who collects from many processes; None by default."""
+        return None
 
 
 Axis = TypeVar("Axis", bound=type[RewardAxis])

@@ -9,12 +9,11 @@ from envs.episode import Episode, Word
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment
 from envs.utterances import MAX_PAUSE_SECONDS
-from rewards.axis import RewardAxis, Score, register_axis
+from rewards.axis import LeftOut, RewardAxis, Score, register_axis
 from rewards.judge import Field, Judge, JudgeConfig, Question, Rubric, Turn, Verdict
 from rewards.transcripts import make_transcriber
 
 log = logging.getLogger(__name__)
-WARN_SHARE = 0.03
 
 
 def alternating_turns(user: Sequence[Word], agent: Sequence[Word], max_pause: float = MAX_PAUSE_SECONDS) -> list[Turn]:
@@ -80,6 +79,7 @@ class JudgedAxis(RewardAxis):
             self.applies_to = tuple(self.axes)  # type: ignore[misc]  # this axis' own, not the class'
         self._counted: dict[str, float] = self._judge.meter.read()
         self._unknown = 0
+        self._left_out: LeftOut | None = None
 
     def prepare(self, segments: Sequence[Segment]) -> None:
         mine = [segment for segment in segments if segment.axis in self.applies_to]
@@ -136,17 +136,16 @@ class JudgedAxis(RewardAxis):
         return Score(float(verdict.scores[self.rubric.fields[0].name]), {"turns": said, "reason": verdict.reason})
 
     def _warn(self, failed: int, unknown: int, total: int) -> None:
-        if failed + unknown <= WARN_SHARE * total:
-            return
         reasons = [f"the judge: {self._judge.last_failure}"] if failed else []
-        reasons += [f"{unknown} without a transcript"] if unknown else []
-        log.warning(
-            "%s: %d of %d episodes could not be judged and are left out (%s)",
-            self.name,
-            failed + unknown,
-            total,
-            "; ".join(reasons),
-        )
+        reasons += ["no transcript"] if unknown else []
+        now = LeftOut(failed + unknown, total, tuple(reasons))
+        self._left_out = now if self._left_out is None else self._left_out + now
+        if now.many:
+            log.warning("%s: %s", self.name, now)
+
+    def left_out(self) -> LeftOut | None:
+        found, self._left_out = self._left_out, None
+        return found
 
 
 def _judge_config(options: Any) -> JudgeConfig:

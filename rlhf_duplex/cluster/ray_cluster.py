@@ -1,5 +1,6 @@
 """The work of a run on Ray: rollout workers and learners, weights from these to those, and what to do when one dies."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,9 +15,11 @@ from rlhf_duplex.cluster.learners import LearnerGroup
 from rlhf_duplex.cluster.local import LearnersLostError
 from rlhf_duplex.cluster.pool import RolloutPool
 from rlhf_duplex.cluster.processes import ClusterError, GoneError, Process, connect, wait_all
-from rlhf_duplex.cluster.roles import Played, Unit
+from rlhf_duplex.cluster.roles import Played, Unit, all_left_out
 from rlhf_duplex.config import Config
 from rlhf_duplex.inputs import Inputs
+
+log = logging.getLogger(__name__)
 
 
 def _absolute(segment: Segment) -> Segment:
@@ -143,7 +146,11 @@ class RayCluster:
                 seconds = 0.0 if unit is None else sum(segment.duration + lead_in for segment in unit.segments)
                 advance(seconds * self.frame_rate)
 
-        return self.pool.results(on_unit)
+        played = self.pool.results(on_unit)
+        for name, left in all_left_out(played).items():  # what the workers themselves log, nobody sees
+            if left.many:
+                log.warning("%s: %s", name, left)
+        return played
 
     def learn(self, batch: Batch, update: int) -> dict[str, float]:
         diagnostics = self._learners.learn(ray.put(batch), update, self.pool if self.config.trainer.ahead else None)

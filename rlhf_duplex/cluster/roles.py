@@ -21,7 +21,7 @@ from envs.segments import Segment
 from envs.speech import SpeechDetector
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import EarlyScores, RewardFunction
-from rewards.axis import Score
+from rewards.axis import LeftOut, Score
 from rlhf_duplex.batch import Batch
 from rlhf_duplex.checkpoint import restore, save_checkpoint
 from rlhf_duplex.config import Config
@@ -69,6 +69,7 @@ class Played:
         figures: what the reward axes say of their work since the unit before.
         seconds: that each stage took where it was played: `play`, of it `decode` and `detect`; `judge`, the wait for
             scores.
+        left_out: by axis, the episodes that it could not score.
     """
 
     places: tuple[int, ...]
@@ -76,6 +77,7 @@ class Played:
     scores: list[Scores]
     figures: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,15 @@ def in_order(played: Sequence[Played], count: int) -> Rollouts:
     return Rollouts([episodes[i] for i in order], [scores[i] for i in order], figures, {})
 
 
+def all_left_out(played: Sequence[Played]) -> dict[str, LeftOut]:
+    """By axis, the episodes of all units that it could not score."""
+    found: dict[str, LeftOut] = {}
+    for unit in played:
+        for name, left in unit.left_out.items():
+            found[name] = found[name] + left if name in found else left
+    return found
+
+
 def load_policy(config: Config, device: str = "", number_type: str = "") -> tuple[Bundle, MoshiPolicy]:
     """The bundle of a run with its adapters, and the policy that acts with it; on another device or in another number
     type than the configuration's, if given."""
@@ -241,8 +252,9 @@ class RolloutRole:
             started = time.perf_counter()
             scores: list[Scores] = list(early.finish())
             seconds["judge"] = time.perf_counter() - started
+            left = self.reward_function.left_out()
             kept = episodes if unit.audio else [_without_audio(episode) for episode in episodes]
-            found.append(Played(unit.places, kept, scores, self.reward_function.metrics(), seconds))
+            found.append(Played(unit.places, kept, scores, self.reward_function.metrics(), seconds, left))
         self._begun = []
         return found
 

@@ -92,6 +92,10 @@ def test_what_cannot_be_judged_is_left_out_and_said(talk, tmp_path, caplog):
     assert [s and s.value for s in scores] == [2.0, None, None]
     assert "content: 2 of 3 episodes could not be judged and are left out (the judge: status 500" in caplog.text
     assert axis.metrics()["failed"] == 2
+    left = axis.left_out()
+    assert (left.count, left.total, left.many) == (2, 3, True)
+    assert "status 500" in left.reasons[0]
+    assert axis.left_out() is None
 
 
 def test_one_unjudged_member_stays_out_of_its_groups_standardisation():

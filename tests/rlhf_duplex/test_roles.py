@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from envs import Segment
-from rlhf_duplex.cluster.roles import make_units
+from rewards import LeftOut
+from rlhf_duplex.cluster.roles import Played, all_left_out, make_units
 
 SEGMENT = Segment("s", "turn_taking", Path("d.wav"), 1, 0.0, 8.0, {})
 
@@ -57,6 +58,16 @@ def test_every_episode_is_played_once_in_units_that_fit(sizes, batch_size, worke
         assert 0 < len(unit.places) <= (batch_size or -(-sum(sizes) // workers))
         assert [segments[place] for place in unit.places] == list(unit.segments)
         assert unit.seeds == unit.places
+
+
+def test_what_workers_could_not_score_is_added_up():
+    down, hurt = LeftOut(2, 4, ("status 401",)), LeftOut(1, 4, ("status 401", "no transcript"))
+    played = [Played((), [], [], left_out=left) for left in ({"content": down}, {}, {"content": hurt})]
+    assert str(all_left_out(played)["content"]) == (
+        "3 of 8 episodes could not be judged and are left out (status 401; no transcript)"
+    )
+    assert not LeftOut(3, 100).many
+    assert str(LeftOut(3, 100)).endswith("left out")
 
 
 def test_workers_get_like_lengths_side_by_side():
