@@ -10,7 +10,7 @@ import numpy as np
 from envs.episode import Episode
 from envs.errors import InputError
 from envs.segments import Segment
-from rewards.axis import LeftOut, Score, check_scores, make_axis
+from rewards.axis import Figure, LeftOut, Score, check_scores, make_axis
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,28 @@ class RewardFunction:
                 error.add_note(f"in `prepare` of reward axis '{name}'")
                 raise
 
+    def figures(self) -> dict[str, Figure]:
+        """Every axis' own figures since the last call, as `axis/figure`; `added_up` makes one of many.
+
+        Raises:
+            ValueError: one is neither a number nor a pair (sum, count); names axis and figure.
+        """
+        found: dict[str, Figure] = {}
+        for name, axis in self.axes.items():
+            for key, value in axis.metrics().items():
+                pair = isinstance(value, tuple) and len(value) == 2
+                try:
+                    found[f"{name}/{key}"] = (float(value[0]), float(value[1])) if pair else float(value)  # type: ignore
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"reward axis '{name}': the figure '{key}' of `metrics` must be a number, or a pair "
+                        f"(sum, count) for a mean, found {value!r}"
+                    ) from error
+        return found
+
     def metrics(self) -> dict[str, float]:
-        """Every axis' own figures since the last call, as `axis/figure`."""
-        return {f"{name}/{key}": value for name, axis in self.axes.items() for key, value in axis.metrics().items()}
+        """The same as plain numbers."""
+        return added_up([self.figures()])
 
     def left_out(self) -> dict[str, LeftOut]:
         """By axis, what it could not score since the last call; of those that say so."""
@@ -163,6 +182,23 @@ class RewardFunction:
             name: np.array([math.nan if (score := row[name]) is None else float(score.value) for row in scores])
             for name in self.axes
         }
+
+
+def added_up(parts: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
+    """Figures of several batches or processes as one: numbers are added up, pairs (sum, count) give their mean.
+
+    A mean over nothing is left out.
+    """
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total, count = value if isinstance(value, tuple) else (value, None)
+            sums[name] = sums.get(name, 0.0) + total
+            if count is not None:
+                counts[name] = counts.get(name, 0.0) + count
+    means = {name: sums[name] / count for name, count in counts.items() if count}
+    return {name: means.get(name, total) for name, total in sums.items() if name in means or name not in counts}
 
 
 def _is_finite(value: Any) -> bool:

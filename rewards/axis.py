@@ -34,6 +34,7 @@ from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment
 from rewards.details import plain_details
 
+Figure = float | tuple[float, float]
 ENTRY_POINT_GROUP = "rlhf_duplex.rewards"
 WARN_SHARE = 0.03
 
@@ -118,8 +119,12 @@ class RewardAxis:
         """
         return lambda: self.score(episodes)
 
-    def metrics(self) -> dict[str, float]:
-        """Figures for the log since the last call, by name (calls, tokens, failures); none by default."""
+    def metrics(self) -> Mapping[str, Figure]:
+        """Figures for the log since the last call, by name (calls, tokens, failures); none by default.
+
+        Those of all batches and all processes become one. A number is added up; a mean, a share or a rate is given as
+        `(sum, count)`, `{"latency": (seconds, calls)}`, and becomes the sum of all sums over that of all counts.
+        """
         return {}
 
     def left_out(self) -> LeftOut | None:

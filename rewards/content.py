@@ -9,7 +9,7 @@ from envs.episode import Episode, Word
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES, Segment
 from envs.utterances import MAX_PAUSE_SECONDS
-from rewards.axis import LeftOut, RewardAxis, Score, register_axis
+from rewards.axis import Figure, LeftOut, RewardAxis, Score, register_axis
 from rewards.judge import Field, Judge, JudgeConfig, Question, Rubric, Turn, Verdict
 from rewards.transcripts import make_transcriber
 
@@ -121,7 +121,7 @@ class JudgedAxis(RewardAxis):
 
         return finish
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Figure]:
         """What `rewards.judge.Meter` counts; `failed` includes the episodes whose words nobody knows."""
         now = self._judge.meter.read()
         since = {name: value - self._counted[name] for name, value in now.items()}
@@ -129,7 +129,7 @@ class JudgedAxis(RewardAxis):
         since["failed"] += self._unknown
         self._unknown = 0
         seconds = since.pop("seconds")
-        return since | ({"latency": seconds / since["calls"]} if since["calls"] else {})
+        return {**since, "latency": (seconds, since["calls"])}
 
     def _score(self, verdict: Verdict, turns: Sequence[Turn]) -> Score:
         said = [[turn.role, turn.text] for turn in turns]

@@ -20,8 +20,8 @@ from envs.episode import Episode
 from envs.segments import Segment
 from envs.speech import SpeechDetector
 from envs.vector import DuplexDialogueVectorEnv
-from rewards.aggregate import EarlyScores, RewardFunction
-from rewards.axis import LeftOut, Score
+from rewards.aggregate import EarlyScores, RewardFunction, added_up
+from rewards.axis import Figure, LeftOut, Score
 from rlhf_duplex.batch import Batch
 from rlhf_duplex.checkpoint import restore, save_checkpoint
 from rlhf_duplex.config import Config
@@ -75,7 +75,7 @@ class Played:
     places: tuple[int, ...]
     episodes: list[Episode]
     scores: list[Scores]
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
@@ -152,12 +152,7 @@ def in_order(played: Sequence[Played], count: int) -> Rollouts:
         raise RuntimeError(f"{count} episodes were asked for and {len(places)} came, {len(set(places))} different ones")
     episodes = {place: e for unit in played for place, e in zip(unit.places, unit.episodes, strict=True)}
     scores = {place: s for unit in played for place, s in zip(unit.places, unit.scores, strict=True)}
-    figures: dict[str, float] = {}
-    for unit in played:
-        for name, value in unit.figures.items():
-            figures[name] = figures.get(name, 0.0) + value
-    for name in [name for name in figures if name.endswith("/latency")]:  # a mean, the others are counts
-        figures[name] /= sum(name in unit.figures for unit in played)
+    figures = added_up([unit.figures for unit in played])
     order = range(count)
     return Rollouts([episodes[i] for i in order], [scores[i] for i in order], figures, {})
 
@@ -254,7 +249,7 @@ class RolloutRole:
             seconds["judge"] = time.perf_counter() - started
             left = self.reward_function.left_out()
             kept = episodes if unit.audio else [_without_audio(episode) for episode in episodes]
-            found.append(Played(unit.places, kept, scores, self.reward_function.metrics(), seconds, left))
+            found.append(Played(unit.places, kept, scores, self.reward_function.figures(), seconds, left))
         self._begun = []
         return found
 

@@ -1,10 +1,12 @@
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from envs import InputError
-from rewards import EarlyScores, RewardFunction, RewardSpec
+from rewards import EarlyScores, RewardAxis, RewardFunction, RewardSpec
+from rewards.aggregate import added_up
 
 
 def test_the_sum_leaves_out_axes_without_a_score(episode):
@@ -66,3 +68,26 @@ def test_scores_that_come_in_batches_go_to_their_own_places(episode):
     for rows in ([3, 0], [2, 1]):  # long dialogues first, as `rollout` plays them
         early.add(rows, [episodes[row] for row in rows])
     assert [row["turn_taking"].value for row in early.finish()] == pytest.approx([0.0, -0.1, -0.2, -0.3])
+
+
+def test_figures_are_added_up_and_means_weighted():
+    class Counting(RewardAxis):
+        name = "counting"
+        given: ClassVar = {"calls": np.int64(2), "share": (np.float32(1.0), 4), "none": (0, 0)}
+
+        def metrics(self):
+            return self.given
+
+    function = RewardFunction({"turn_taking": RewardSpec()})
+    function.axes["counting"] = Counting()
+    other = {"counting/calls": 3.0, "counting/share": (4.0, 4.0), "counting/rate": (2.0, 1.0)}
+    found = added_up([function.figures(), {}, other])
+    assert found == {"counting/calls": 5.0, "counting/share": 0.625, "counting/rate": 2.0}
+    assert function.metrics() == {"counting/calls": 2.0, "counting/share": 0.25}
+    assert all(type(value) is float for value in function.metrics().values())
+    for wrong in ("many", None, (1, 2, 3), [1, 2]):
+        Counting.given = {"share": wrong}
+        with pytest.raises(
+            ValueError, match="reward axis 'counting': the figure 'share' of `metrics` must be a number"
+        ):
+            function.metrics()
