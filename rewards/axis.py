@@ -228,6 +228,9 @@ def axes_in_file(path: Path) -> dict[str, type[RewardAxis]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    # Its neighbours can be imported, as under `python FILE`; last, so that none takes the place of what is installed.
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file does

@@ -1,6 +1,9 @@
 import json
 import math
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +125,22 @@ def test_an_axis_from_a_file_can_be_read_again(tmp_path, episode):
         assert checked_scores(axis, [episode("turn_taking")]) == [Score(10.0)]
     with pytest.raises(InputError, match="defines no RewardAxis of that name"):
         find_axis("yours", str(tmp_path / "my_axes.py"))
+
+
+def test_a_file_imports_its_neighbours_under_the_console_script(tmp_path):
+    (tmp_path / "axes").mkdir()
+    (tmp_path / "axes" / "neighbour_of_mine.py").write_text("FACTOR = 0.5\n")
+    (tmp_path / "axes" / "mine.py").write_text(
+        FILE.replace("from rewards", "from neighbour_of_mine import FACTOR\nfrom rewards")
+    )
+    script = Path(sys.executable).with_name("rlhf-duplex")
+    if not script.exists():  # the package is not installed
+        pytest.skip("no console script beside the interpreter")
+    done = subprocess.run(
+        [str(script), "rewards", "check", "axes/mine.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mine: keeps the contract" in done.stdout
 
 
 def test_an_axis_from_a_module_in_the_working_directory(tmp_path, monkeypatch):
