@@ -24,7 +24,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -157,14 +157,49 @@ def register_axis(cls: Axis) -> Axis:
 
 
 def registered_axes() -> dict[str, type[RewardAxis]]:
-    """All axes known by name: the built-in ones, and those of installed packages (entry points)."""
+    """All axes known by name: the built-in ones, and those of installed packages (entry points) that can be loaded."""
+    broken_axes()
+    return dict(_REGISTRY)
+
+
+def broken_axes() -> dict[str, str]:
+    """Axes that installed packages promise and that cannot be loaded, by name with the reason; loads the others."""
+    broken = {}
+    for name in _promised():
+        try:
+            _installed(name)
+        except InputError as error:
+            broken[name] = str(error).removeprefix(f"reward axis '{name}': ")
+    return broken
+
+
+def _promised() -> dict[str, EntryPoint]:
+    """Entry points of installed packages, by name; none is loaded."""
     import rewards  # registers the built-in axes
 
     del rewards
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name not in _REGISTRY:
-            register_axis(entry.load())
-    return dict(_REGISTRY)
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _installed(name: str) -> type[RewardAxis] | None:
+    """An axis by its registered name, or from the entry point of that name, of which no other is loaded."""
+    promised = _promised()
+    if name in _REGISTRY or name not in promised:
+        return _REGISTRY.get(name)
+    where = f"entry point '{name} = {promised[name].value}'"
+    try:
+        cls = promised[name].load()
+    except Exception as error:  # whatever somebody's package does
+        raise InputError(
+            f"reward axis '{name}': {where} cannot be imported ({type(error).__name__}: {error}): mend its package"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, RewardAxis)):
+        raise InputError(f"reward axis '{name}': {where} is not a subclass of rewards.RewardAxis")
+    if getattr(cls, "name", name) != name:
+        raise InputError(
+            f"reward axis '{name}': {where} is a class whose name is '{cls.name}': give both the same name"
+        )
+    return register_axis(cls)
 
 
 def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
@@ -178,13 +213,14 @@ def find_axis(name: str, target: str | None = None) -> type[RewardAxis]:
         InputError: nothing of that name, or the target cannot be imported or is no axis.
     """
     if target is None:
-        known = registered_axes()
-        if name not in known:
+        known = _installed(name)
+        if known is None:
+            names = sorted({*_REGISTRY, *_promised()})
             raise InputError(
-                f"unknown reward axis '{name}': the known ones are {', '.join(sorted(known))}; "
+                f"unknown reward axis '{name}': the known ones are {', '.join(names)}; "
                 "give `target: module:Class` or a file for one of your own"
             )
-        return known[name]
+        return known
     try:
         if target.endswith(".py"):
             cls = _from_file(name, Path(target))

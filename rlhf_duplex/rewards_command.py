@@ -15,7 +15,7 @@ from envs.errors import InputError
 from envs.events import complete_events
 from envs.segments import SEGMENT_AXES, read_manifest
 from envs.speech import make_detector
-from rewards.axis import RewardAxis, axes_in_file, construct, find_axis, registered_axes
+from rewards.axis import RewardAxis, axes_in_file, broken_axes, construct, find_axis, registered_axes
 from rewards.contract import ContractReport, check_contract
 
 
@@ -40,6 +40,8 @@ def list_axes(name: str | None, console: Console) -> None:
         first = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         table.add_row(known, applies, ", ".join(_options(cls)), first)
     console.print(table)
+    for known, why in sorted(broken_axes().items()):
+        console.print(f"{known}: {why}", soft_wrap=True, highlight=False)
     console.print("rlhf-duplex rewards NAME says more; a config has `rewards: {NAME: {weight: 1.0, OPTION: ...}}`")
 
 

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
@@ -17,6 +18,14 @@ os.environ["RLHF_DUPLEX_CACHE"] = tempfile.mkdtemp(prefix="rlhf_duplex_cache_")
 atexit.register(shutil.rmtree, os.environ["RLHF_DUPLEX_CACHE"], ignore_errors=True)
 
 torch.set_num_threads(1)  # pytest runs one worker a core
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory):
+    """Folders of a test's axes, in which Python looks for their neighbours, are not those of the next test."""
+    yield
+    base = str(tmp_path_factory.getbasetemp())
+    sys.path[:] = [folder for folder in sys.path if not folder.startswith(base)]
 
 
 @pytest.fixture(scope="session")

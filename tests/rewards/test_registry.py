@@ -12,8 +12,9 @@ import rewards.axis
 from envs import InputError
 from rewards import RewardAxis, Score, checked_scores, find_axis, make_axis, register_axis, registered_axes
 from rewards.aggregate import RewardFunction, RewardSpec
-from rewards.axis import axes_in_file
+from rewards.axis import axes_in_file, broken_axes
 from rewards.details import finite, not_finite
+from rlhf_duplex.cli import main
 
 BUILT_IN = {"pause_handling", "turn_taking", "backchannel", "user_interruption"}
 
@@ -193,12 +194,39 @@ def test_an_axis_that_defines_no_score(episode):
         Empty().score([episode("turn_taking")])
 
 
-def test_an_axis_of_an_installed_package_is_known_by_its_name(tmp_path, monkeypatch, episode):
-    (tmp_path / "package_with_axes.py").write_text(FILE)
-    about = tmp_path / "package_with_axes-1.0.dist-info"
+def install(folder, entry_points, monkeypatch):
+    """A package with axes, as an installer leaves it."""
+    (folder / "package_with_axes.py").write_text(FILE)
+    (folder / "broken_package.py").write_text("import no_such_module_at_all\n")
+    about = folder / "package_with_axes-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: package-with-axes\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[rlhf_duplex.rewards]\nmine = package_with_axes:Mine\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    (about / "entry_points.txt").write_text("\n".join(["[rlhf_duplex.rewards]", *entry_points]) + "\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_an_axis_of_an_installed_package_is_known_by_its_name(tmp_path, monkeypatch, episode):
+    install(tmp_path, ["mine = package_with_axes:Mine"], monkeypatch)
     assert "mine" in registered_axes()
     assert make_axis("mine", factor=2.0).score_episode(episode("turn_taking")) == Score(40.0)
+
+
+def test_a_broken_package_is_in_nobodys_way(tmp_path, monkeypatch, capsys):
+    promises = ["pk = broken_package:Pk", "yours = package_with_axes:Mine", "path = pathlib:Path"]
+    install(tmp_path, promises, monkeypatch)
+    assert make_axis("turn_taking").name == "turn_taking"
+    assert "broken_package" not in sys.modules
+    for name, message in {
+        "pk": r"'pk = broken_package:Pk' cannot be imported \(ModuleNotFoundError: No module named 'no_such",
+        "yours": r"'yours = package_with_axes:Mine' is a class whose name is 'mine': give both the same name",
+        "path": "'path = pathlib:Path' is not a subclass",
+        "humour": "unknown reward axis 'humour': the known ones are .*, pk, .*turn_taking",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            find_axis(name)
+    assert {"pk", "yours", "path"}.isdisjoint(registered_axes())
+    assert broken_axes().keys() == {"pk", "yours", "path"}
+    assert main(["rewards"]) == 0
+    listed = capsys.readouterr().out
+    assert "turn_taking" in listed
+    assert "pk: entry point 'pk = broken_package:Pk' cannot be imported (ModuleNotFoundError: " in listed
