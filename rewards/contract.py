@@ -4,7 +4,8 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rewards.axis import RewardAxis, Score, check_scores
 from rewards.details import not_finite
 
 SLOW_SECONDS = 0.05
+_TOKENS = ("text_tokens", "audio_tokens", "log_probs")
+_NO_TOKENS = "it reads tokens, and recorded dialogues have none: give --episodes RUN/evaluation/after"
 
 
 @dataclass
@@ -51,6 +54,10 @@ def check_contract(make: Callable[[], RewardAxis], episodes: Sequence[Episode]) 
     started = time.perf_counter()
     scores = _scores(axis, episodes, "all episodes at once", report)
     report.seconds_per_episode = (time.perf_counter() - started) / len(episodes)
+    if (scores is None or not any(scores)) and _misses_tokens(axis, episodes):
+        what = "scores none of the episodes" if scores else report.wrong.pop()
+        report.doubtful.append(f"{what}: {_NO_TOKENS}")
+        return report
     if scores is None:
         return report
     report.passed.append(f"gives a Score or None for each of {len(episodes)} episodes, every value finite")
@@ -97,6 +104,23 @@ def _scores(axis: RewardAxis, episodes: Sequence[Episode], what: str, report: Co
     except Exception as error:  # noqa: BLE001  whatever the code of a user raises is reported, not passed on
         report.wrong.append(f"with {what}: raises {type(error).__name__}: {error}{_where(error)}")
     return None
+
+
+def _misses_tokens(axis: RewardAxis, episodes: Sequence[Episode]) -> bool:
+    """Whether an axis reads of episodes what they do not have, since no policy spoke in them."""
+    read: set[str] = set()
+
+    class Watched(Episode):
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name in _TOKENS and value is None:
+                read.add(name)
+            return value
+
+    watched = [Watched(**{f.name: getattr(episode, f.name) for f in fields(Episode)}) for episode in episodes]
+    with suppress(Exception):  # reported already
+        axis.begin(watched)()
+    return bool(read)
 
 
 def _where(error: Exception) -> str:

@@ -74,7 +74,7 @@ def check_axes(target: str, options: Sequence[str], episodes_folder: Path | None
     classes = _find(target)
     with console.status("reading episodes"):
         episodes = _saved_episodes(episodes_folder) if episodes_folder else _recorded_episodes()
-    broken = []
+    broken, unknown = [], []
     for name, cls in classes.items():
         axis = construct(cls, name, keywords)
         if not any(episode.segment.axis in axis.applies_to for episode in episodes):
@@ -84,11 +84,18 @@ def check_axes(target: str, options: Sequence[str], episodes_folder: Path | None
         _print(name, report, console)
         if report.wrong:
             broken.append(name)
+        elif not report.values:
+            unknown.append(name)
     if broken:
         raise InputError(f"{', '.join(broken)}: does not keep the contract of a reward axis, see above")
-    name = next(iter(classes))
+    if unknown:
+        console.print(f"{', '.join(unknown)}: no score was seen, see above", soft_wrap=True)
+    kept = [name for name in classes if name not in unknown]
+    if not kept:
+        return
+    name = kept[0]
     where = f" rewards.{name}.target={target}" if target.endswith(".py") or ":" in target else ""
-    console.print(f"{', '.join(classes)}: keeps the contract; use it with `rewards.{name}.weight=1{where}`")
+    console.print(f"{', '.join(kept)}: keeps the contract; use it with `rewards.{name}.weight=1{where}`")
 
 
 def _find(target: str) -> dict[str, type[RewardAxis]]:

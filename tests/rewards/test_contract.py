@@ -1,5 +1,6 @@
 """The contract test: every way to break the contract is said in words; the built-in axes break none."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -87,6 +88,43 @@ def test_what_is_only_doubtful(episodes):
     report = check_contract(axis_that(lambda self, es: [Score(0.0) for e in es]), episodes)
     assert not report.wrong
     assert any("gives 0 to all 8 episodes" in line for line in report.doubtful)
+
+
+def on_known_tokens(self, episodes):
+    return [None if e.text_tokens is None else Score(1.0) for e in episodes]
+
+
+def on_frames(self, episodes):
+    return [Score(float(e.frame_mask(12.5).sum() / len(e.text_tokens))) for e in episodes]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [(on_known_tokens, "scores none of the episodes: it"), (on_frames, "raises TypeError: .*: it reads tokens")],
+)
+def test_recorded_dialogues_have_no_tokens(score, message, episodes):
+    report = check_contract(axis_that(score), episodes)
+    assert not report.wrong
+    assert re.search(message, report.doubtful[-1])
+    assert report.doubtful[-1].endswith("recorded dialogues have none: give --episodes RUN/evaluation/after")
+    spoken = [dataclasses.replace(e, text_tokens=np.arange(round(100 + e.duration))) for e in episodes]
+    report = check_contract(axis_that(score), spoken)
+    assert not report.wrong
+    assert report.values
+
+
+def test_the_command_line_says_what_it_could_not_check(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from rewards import RewardAxis, Score\n"
+        "class Tokens(RewardAxis):\n"
+        "    'Tokens.'\n"
+        "    name = 'tokens'\n"
+        "    def score_episode(self, episode): return Score(float(len(episode.text_tokens)))\n"
+    )
+    assert main(["rewards", "check", str(tmp_path / "mine.py")]) == 0
+    out = capsys.readouterr().out
+    assert "tokens: no score was seen, see above" in out
+    assert "keeps the contract" not in out
 
 
 @pytest.mark.parametrize(
