@@ -1,7 +1,8 @@
 """Several axes as one reward: which ones, with what weight, and their weighted sum."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +105,17 @@ class RewardFunction:
 
     def begin(self, episodes: Sequence[Episode]) -> Callable[[], list[dict[str, Score | None]]]:
         """Begin to score, and give a function that waits for what calling this would have given."""
-        waiting = {name: axis.begin(episodes) for name, axis in self.axes.items()}
+        waiting = {}
+        for name, axis in self.axes.items():
+            with _named(name, "begin"):
+                waiting[name] = axis.begin(episodes)
 
         def finish() -> list[dict[str, Score | None]]:
-            columns = {name: check_scores(self.axes[name], wait(), episodes) for name, wait in waiting.items()}
+            columns = {}
+            for name, wait in waiting.items():
+                with _named(name, "score"):
+                    scores = wait()
+                columns[name] = check_scores(self.axes[name], scores, episodes)
             return [{name: column[index] for name, column in columns.items()} for index in range(len(episodes))]
 
         return finish
@@ -119,13 +127,8 @@ class RewardFunction:
             InputError: one cannot.
         """
         for name, axis in self.axes.items():
-            try:
+            with _named(name, "prepare"):
                 axis.prepare(segments)
-            except InputError:
-                raise
-            except Exception as error:
-                error.add_note(f"in `prepare` of reward axis '{name}'")
-                raise
 
     def figures(self) -> dict[str, Figure]:
         """Every axis' own figures since the last call, as `axis/figure`; `added_up` makes one of many.
@@ -199,6 +202,18 @@ def added_up(parts: Sequence[Mapping[str, Figure]]) -> dict[str, float]:
                 counts[name] = counts.get(name, 0.0) + count
     means = {name: sums[name] / count for name, count in counts.items() if count}
     return {name: means.get(name, total) for name, total in sums.items() if name in means or name not in counts}
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Whatever an axis raises says whose it is; an InputError does by itself."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        error.add_note(f"in `{what}` of reward axis '{name}'")
+        raise
 
 
 def _is_finite(value: Any) -> bool:

@@ -4,9 +4,10 @@ Everything a run leaves is in its run folder. The commands are in `rlhf_duplex.r
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rlhf_duplex.evaluation.during import record_during
 from rlhf_duplex.evaluation.metrics import reward_options, segment_values
 from rlhf_duplex.evaluation.suite import record_suite, suite_episodes
 from rlhf_duplex.inputs import Inputs, first_of_each
+from rlhf_duplex.learner import NonFiniteError
 from rlhf_duplex.live import training_segments
 from rlhf_duplex.rollout import episode_seed
 from rlhf_duplex.run_folder import StoppedError, progress
@@ -190,7 +192,8 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update: rollouts, advantages, optimiser steps; gives its metrics."""
         trainer, function, started = self.config.trainer, self.inputs.reward_function, time.perf_counter()
-        found = self.rollouts()
+        with self._rescuing():
+            found = self.rollouts()
         rewards = {
             axis: torch.from_numpy(values).reshape(-1, trainer.group_size)
             for axis, values in function.values(found.scores).items()
@@ -251,7 +254,9 @@ class Trainer:
                             interrupted = False
                             continue
                         metrics, whole = self.step(), False
-                        with suppress(StoppedError):  # without its figures; the update is logged and saved below
+                        write = partial(log.write, self.update, metrics)
+                        # Stopped, it is without its figures; the update is logged and saved below.
+                        with suppress(StoppedError), self._rescuing(write):
                             metrics |= self.evaluate_during()
                             whole = True
                         log.write(self.update, metrics)
@@ -269,6 +274,30 @@ class Trainer:
             return bool(self.stopped)
         finally:
             log.close()
+
+    @contextmanager
+    def _rescuing(self, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Where episodes or scores fail (an axis of one's own), a checkpoint of the updates before, and the error.
+
+        The learner has no part in it: its weights are those after the last update. `first` is done before.
+        """
+        try:
+            yield
+        except (LearnersLostError, StoppedError, NonFiniteError):
+            raise
+        except Exception as error:
+            folder = last_checkpoint(self.run_dir)
+            try:
+                first()
+                if folder is None or folder.name != f"step_{self.update:06d}":
+                    folder = self.save(whole=False)
+            except Exception as failure:  # noqa: BLE001  the error that is to be seen is the first
+                error.add_note(f"nor could a checkpoint be saved ({type(failure).__name__}: {failure})")
+                raise error from None
+            self.console.print(
+                f"failed after update {self.update}, kept in {folder}: once mended, resume=true goes on", soft_wrap=True
+            )
+            raise
 
     def _make_up(self, log: MetricsLog) -> None:
         """What came after the last checkpoint without an interruption: an evaluation, and whether it is the best."""

@@ -70,6 +70,18 @@ def test_scores_that_come_in_batches_go_to_their_own_places(episode):
     assert [row["turn_taking"].value for row in early.finish()] == pytest.approx([0.0, -0.1, -0.2, -0.3])
 
 
+@pytest.mark.parametrize("where", ["begin", "score"])
+def test_what_an_axis_raises_says_whose_it_is(where, episode):
+    def forgotten(self, episodes):
+        raise KeyError("x")
+
+    function = RewardFunction({"turn_taking": RewardSpec()})
+    function.axes = {"mine": type("Mine", (RewardAxis,), {"name": "mine", where: forgotten})()}
+    with pytest.raises(KeyError) as raised:
+        function([episode("turn_taking")])
+    assert raised.value.__notes__ == [f"in `{where}` of reward axis 'mine'"]
+
+
 def test_figures_are_added_up_and_means_weighted():
     class Counting(RewardAxis):
         name = "counting"
