@@ -348,9 +348,9 @@ class Judge:
             usage = reply.get("usage") or {}
             sizes = [len(json.dumps(messages)), len(answer or "")]
             names = ("prompt_tokens", "completion_tokens")
-            tokens = [
-                max(0, int(usage.get(name, size / _BYTES_PER_TOKEN))) for name, size in zip(names, sizes, strict=True)
-            ]
+            counted = [usage.get(name) for name in names]  # some servers send nulls
+            guessed = [size / _BYTES_PER_TOKEN for size in sizes]
+            tokens = [max(0, int(g if c is None else c)) for c, g in zip(counted, guessed, strict=True)]
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise _Again(self._clean(f"the reply is no chat completion ({type(error).__name__}: {error})")) from error
         self.meter.input_tokens += tokens[0]

@@ -338,14 +338,19 @@ def test_the_budget_stops_spending_and_is_never_exceeded(tmp_path):
         assert (judge.meter.cost, judge.meter.over_budget) == (spent, 60 - len(judged))
 
 
-def test_tokens_are_estimated_where_the_server_does_not_count(tmp_path):
+@pytest.mark.parametrize(
+    "usage", [None, {"prompt_tokens": None, "completion_tokens": None}, {"completion_tokens": None}, {}]
+)
+def test_tokens_are_estimated_where_the_server_does_not_count(tmp_path, usage):
     class Uncounted(FaultyHandler):
         def send(self, status, body, headers=None):
-            super().send(status, {key: value for key, value in body.items() if key != "usage"}, headers)
+            body = {key: value for key, value in body.items() if key != "usage"}
+            super().send(status, body if usage == {} else body | {"usage": usage}, headers)
 
     with faulty_server(lambda *_: None, handler=Uncounted) as server:
         judge = make_judge(server, tmp_path, price_input=1.0, price_output=1.0)
         assert None not in judge.ask([question(REPLY)])
+    assert judge.meter.calls == 1
     assert judge.meter.cost > 0
 
 
