@@ -48,6 +48,23 @@ class RewardSpec:
         return cls(options=options, **own)
 
 
+def check_specs(specs: Mapping[str, RewardSpec]) -> None:
+    """What can be known without making an axis.
+
+    Raises:
+        InputError: none at all, a weight that is not a finite number, or an `advantage_eps` that is not a positive one.
+    """
+    if not specs:
+        raise InputError("no reward axis is configured: give at least one under `rewards`")
+    for name, spec in specs.items():
+        if not _is_finite(spec.weight):
+            raise InputError(f"reward axis '{name}': `weight` must be a finite number, found {spec.weight!r}")
+        if not _is_finite(spec.advantage_eps) or spec.advantage_eps <= 0:
+            raise InputError(
+                f"reward axis '{name}': `advantage_eps` must be a positive number, found {spec.advantage_eps!r}"
+            )
+
+
 class EarlyScores:
     """Scores of episodes that come in batch by batch: begun at once, waited for at the end.
 
@@ -82,15 +99,7 @@ class RewardFunction:
     """
 
     def __init__(self, specs: Mapping[str, RewardSpec]) -> None:
-        if not specs:
-            raise InputError("no reward axis is configured: give at least one under `rewards`")
-        for name, spec in specs.items():
-            if not _is_finite(spec.weight):
-                raise InputError(f"reward axis '{name}': `weight` must be a finite number, found {spec.weight!r}")
-            if not _is_finite(spec.advantage_eps) or spec.advantage_eps <= 0:
-                raise InputError(
-                    f"reward axis '{name}': `advantage_eps` must be a positive number, found {spec.advantage_eps!r}"
-                )
+        check_specs(specs)
         self.axes = {name: make_axis(name, spec.target, **spec.options) for name, spec in specs.items()}
         self.weights = {name: float(spec.weight) for name, spec in specs.items()}
         self.advantage_eps = {name: float(spec.advantage_eps) for name, spec in specs.items()}

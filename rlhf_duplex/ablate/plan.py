@@ -171,10 +171,11 @@ def load_plan(path: Path, arguments: Sequence[str] = ()) -> Plan:
     conditions, skipped = _conditions(path, config, base)
     seeds = list(range(config.seeds)) if isinstance(config.seeds, int) else list(config.seeds)
     trials = []
+    made: set[str] = set()
     for seed in seeds:
         for condition in conditions:
             try:
-                trials.append(make_trial(config, shared, condition, seed))
+                trials.append(make_trial(config, shared, condition, seed, made))
             except InputError as error:
                 raise InputError(f"{path}: condition '{condition.name}': {error}") from error
     twice = _first_twice([trial.name for trial in trials])
@@ -190,15 +191,17 @@ def trial_name(condition: Condition, seed: int) -> str:
     return f"{slug(condition.name)}_seed{seed}"
 
 
-def make_trial(config: AblationConfig, shared: Sequence[str], condition: Condition, seed: int) -> Trial:
-    """A condition with a seed.
+def make_trial(
+    config: AblationConfig, shared: Sequence[str], condition: Condition, seed: int, made: set[str] | None = None
+) -> Trial:
+    """A condition with a seed. In `made` are the axes that other trials were checked with, and now this one's.
 
     Raises:
         InputError: its configuration is not what it must be.
     """
     name = trial_name(condition, seed)
     loaded = load_config(Path(config.base), [*shared, *as_arguments(condition.overrides), f"seed={seed}"])
-    _check_trial(loaded)
+    _check_trial(loaded, set() if made is None else made)
     loaded.run_dir = str(Path(config.run_dir) / "trials" / name)
     loaded.resume = False
     loaded.checkpointing.keep = 1  # there are many trials
@@ -231,12 +234,22 @@ def _check(path: Path, config: AblationConfig) -> None:
             raise InputError(f"{path}: `metrics`: {error}") from None
 
 
-def _check_trial(config: Config) -> None:
-    """What can be known of a trial without its recordings: reward axes and their options, and the checkpoint."""
-    from rewards.aggregate import RewardFunction, RewardSpec
+def _check_trial(config: Config, made: set[str]) -> None:
+    """What can be known of a trial without its recordings: reward axes and their options, and the checkpoint.
+
+    An axis is made once with the same options: one may load a model, and there are many trials.
+    """
+    from rewards.aggregate import RewardSpec, check_specs
+    from rewards.axis import make_axis
     from rlhf_duplex.policy.bundle import find_bundle
 
-    RewardFunction({name: RewardSpec.from_config(options) for name, options in config.rewards.items()})
+    specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
+    check_specs(specs)
+    for name, spec in specs.items():
+        key = json.dumps([name, spec.target, spec.options], sort_keys=True, default=str)
+        if key not in made:
+            make_axis(name, spec.target, **spec.options)
+            made.add(key)
     find_bundle(config.checkpoint)
 
 

@@ -260,6 +260,24 @@ def test_a_plan_is_shown_without_running(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_axis_is_made_once_with_the_same_options(tmp_path):
+    (tmp_path / "heavy.py").write_text(
+        "from pathlib import Path\nfrom rewards import RewardAxis\n"
+        "class Heavy(RewardAxis):\n    name = 'heavy'\n"
+        "    def __init__(self, size=1):\n"
+        "        if size > 2: raise ValueError('too large')\n"
+        "        Path(__file__).with_suffix('.log').open('a').write(f'{size}\\n')\n"
+    )
+    text = f"overrides: {{rewards.heavy.target: {tmp_path}/heavy.py}}\nseeds: [0, 1, 2]\n"
+    plan = plan_of(tmp_path, text + "grid: {rewards.heavy.weight: [0, 1, 2], rewards.heavy.size: [1, 2]}\n")
+    assert len(plan.trials) == 18
+    assert (tmp_path / "heavy.log").read_text().split() == ["1", "2"]
+    with pytest.raises(InputError, match=r"condition 'heavy.size 3': reward axis 'heavy': too large"):
+        plan_of(tmp_path, text + "grid: {rewards.heavy.size: [1, 3]}\n")
+    with pytest.raises(InputError, match="reward axis 'heavy': `weight` must be a finite number"):
+        plan_of(tmp_path, text + "grid: {rewards.heavy.weight: [1, .nan]}\n")
+
+
 def test_names():
     assert flatten({"trainer": {"clip": 1}, "a.b": {"c": [1]}}) == {"trainer.clip": 1, "a.b.c": [1]}
     assert describe({"rewards.x.weight": 0.50, "trainer.whiten": True}) == "x.weight 0.5, whiten true"
