@@ -85,8 +85,8 @@ def sign_table(comparison: Comparison) -> str:
         cells = []
         for (index, _), cell in zip(shown, rows[name], strict=True):
             theirs = sign(figures[index] - PAPER_FULL[index])
-            if cell is None:
-                cells.append(f"paper {theirs}; too few segments")
+            if "missing" in cell:
+                cells.append(f"paper {theirs}; {cell['missing']}")
                 continue
             ours = sign(cell["mean"])
             compared += theirs != "0"

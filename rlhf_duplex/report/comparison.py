@@ -16,6 +16,7 @@ from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
 from rlhf_duplex.evaluation.statistics import Estimate, holm
 from rlhf_duplex.report.build import write_page
 from rlhf_duplex.report.cards import run_cards
+from rlhf_duplex.report.comparable import comparison_notes, mixed_rewards, scored_otherwise
 from rlhf_duplex.report.labels import axis_title, interval, label, number
 from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, weight_plot
 from rlhf_duplex.report.runs import Comparison, mean_of
@@ -49,6 +50,8 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
     if not comparison.finished:
         raise InputError(f"no run of {comparison.title} is finished: there is nothing to compare yet")
     metrics = shown_metrics(comparison)
+    mixed = mixed_rewards(comparison)
+    comparable = [metric for metric in metrics if not (metric[1] == "reward" and metric[0] in mixed)]
     effects = effect_rows(comparison, metrics)
     cards = run_cards(comparison, path, [axis for axis, _ in reversed(TRADE_OFF)])
     return write_page(
@@ -56,17 +59,18 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
         "comparison.html",
         name=comparison.title,
         facts=_facts(comparison),
+        notes=comparison_notes(comparison),
         lead=_lead(comparison, effects),
         metrics=[_heading(metric) for metric in metrics],
         baseline=comparison.baseline,
         baseline_cells=[_baseline_cell(comparison, metric) for metric in metrics],
         effects=effects,
-        condition_plots=_condition_plots(comparison, metrics),
-        weight_plots=_weight_plots(comparison, metrics),
+        condition_plots=_condition_plots(comparison, comparable),
+        weight_plots=_weight_plots(comparison, comparable),
         front=_front(comparison, cards),
-        dominated=_dominated(comparison, metrics),
+        dominated=_dominated(comparison, comparable),
         cards=cards,
-        data=_data(comparison, metrics, cards),
+        data=_data(comparison, comparable, cards),
         unfinished=[run for run in comparison.runs if run.after is None],
         skipped=comparison.skipped,
     )
@@ -93,19 +97,29 @@ def shown_metrics(comparison: Comparison) -> list[Metric]:
 
 
 def effect_rows(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """A row a condition but the baseline, a cell a metric; p-values are corrected over the conditions of a metric."""
+    """A row a condition but the baseline, a cell a metric; p-values are corrected over the conditions of a metric.
+
+    A cell has `missing`, why there is no test, or the effect in words.
+    """
     base = {run.seed: run for run in comparison.of(comparison.baseline)}
     names = [name for name in comparison.conditions if name != comparison.baseline and comparison.of(name)]
     rows: list[dict[str, Any]] = [{"name": name, "cells": []} for name in names]
     for axis, metric in metrics:
-        found: list[Effect | None] = []
+        found: list[Effect | str] = []
         for name in names:
+            if metric == "reward" and axis in scored_otherwise(comparison.of(name), list(base.values())):
+                found.append("scored with other options")
+                continue
             runs = {run.seed: run.column(axis, metric) for run in comparison.of(name)}
             table = paired_table(runs, {seed: run.column(axis, metric) for seed, run in base.items()})
-            found.append(crossed_effect(table) if table.shape[1] >= MIN_SEGMENTS else None)
-        corrected = iter(holm([effect.p for effect in found if effect is not None]))
+            tested = crossed_effect(table) if table.shape[1] >= MIN_SEGMENTS else None
+            found.append(tested or "too few segments")
+        corrected = iter(holm([effect.p for effect in found if isinstance(effect, Effect)]))
         for row, effect in zip(rows, found, strict=True):
-            row["cells"].append(None if effect is None else _effect_cell(axis, metric, effect, next(corrected)))
+            if isinstance(effect, Effect):
+                row["cells"].append(_effect_cell(axis, metric, effect, next(corrected)))
+            else:
+                row["cells"].append({"missing": effect})
     return rows
 
 
@@ -171,7 +185,7 @@ def _lead(comparison: Comparison, effects: Sequence[dict[str, Any]]) -> str:
         f"{row['name']}: {_title(cell['metric']).lower()} {cell['difference']}"
         for row in effects
         for cell in row["cells"]
-        if cell and cell["verdict"]
+        if cell.get("verdict")
     ]
     if not effects:
         return "There is no second condition with a finished run yet."

@@ -298,3 +298,45 @@ def test_a_row_holds_what_its_columns_say(tmp_path):
     assert row["difference"] == pytest.approx(-0.5)
     assert row["difference_low"] < -0.5 < row["difference_high"] <= 0
     assert (row["trainer.clip"], row["train_axes"]) == (0.1, "['a']")
+
+
+def rewritten(folder, change):
+    """The results of a run, changed in place."""
+    path = folder / "evaluation" / "after.json"
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
+
+
+def page_text(page):
+    return " ".join("".join(Page(page).text).split())
+
+
+def script_data(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def test_rewards_scored_with_other_options_are_not_held_against_each_other(tmp_path):
+    # The same episodes, scored twice: the rewards differ by their options alone.
+    folders = []
+    for condition, rate, value in (("slow", 1.0, -0.9), ("fast", 2.0, -0.2), ("again", 1.0, -0.9)):
+        folders.append(tmp_path / condition)
+        config = f"seed: 0\ntrainer: {{clip: {len(folders)}}}\nrewards: {{speech_rate: {{rate: {rate}}}}}\n"
+        write_run(folders[-1], values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+
+        def score(result, rate=rate, value=value):
+            result["rewards"] = {"speech_rate": {"target": None, "rate": rate}, "pause_handling": {"target": None}}
+            result["segments"]["speech_rate"]["reward"] = {f"t{i}": value + i / 100 for i in range(8)}
+            result["axes"]["speech_rate"]["reward"]["mean"] = value + 0.035
+
+        rewritten(folders[-1], score)
+    comparison = read_runs(folders)
+    page = build_comparison(comparison, tmp_path / "page.html").read_text()
+    text = page_text(page)
+    assert "Not all runs scored the reward of speech_rate with the same options" in text
+    assert page.count("scored with other options") == 1  # "again" was scored as the baseline was
+    assert "No condition differs clearly" in text
+    assert [row["title"] for row in script_data(page)] == ["Pause handling: takeover rate", "Turn-taking: latency"]
+    assert page.count("<figcaption>speech_rate: reward") == 0
+    assert "Dominated on all metrics" in text
+    assert "<td>fast" not in page.split("Dominated in this trade-off by")[1].split("</table>")[0]
