@@ -16,7 +16,14 @@ from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
 from rlhf_duplex.evaluation.statistics import Estimate, holm
 from rlhf_duplex.report.build import write_page
 from rlhf_duplex.report.cards import run_cards
-from rlhf_duplex.report.comparable import comparison_notes, mixed_rewards, scored_otherwise
+from rlhf_duplex.report.comparable import (
+    comparison_notes,
+    lead_ins,
+    mixed_rewards,
+    on_shared_segments,
+    played_segments,
+    scored_otherwise,
+)
 from rlhf_duplex.report.labels import axis_title, interval, label, number
 from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, weight_plot
 from rlhf_duplex.report.runs import Comparison, mean_of
@@ -45,10 +52,12 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
     Where it lies in the folder that the runs are in, it links to each run's own report.
 
     Raises:
-        InputError: no run is finished, an episode is damaged, or the page cannot be written.
+        InputError: no run is finished, the runs share no segment, an episode is damaged, or the page cannot be written.
     """
     if not comparison.finished:
         raise InputError(f"no run of {comparison.title} is finished: there is nothing to compare yet")
+    notes = comparison_notes(comparison)
+    comparison = on_shared_segments(comparison)
     metrics = shown_metrics(comparison)
     mixed = mixed_rewards(comparison)
     comparable = [metric for metric in metrics if not (metric[1] == "reward" and metric[0] in mixed)]
@@ -59,7 +68,7 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
         "comparison.html",
         name=comparison.title,
         facts=_facts(comparison),
-        notes=comparison_notes(comparison),
+        notes=notes,
         lead=_lead(comparison, effects),
         metrics=[_heading(metric) for metric in metrics],
         baseline=comparison.baseline,
@@ -166,8 +175,8 @@ def _values(comparison: Comparison, condition: str, metric: Metric) -> list[floa
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     runs = comparison.runs
     seeds = sorted({run.seed for run in runs})
-    first = comparison.finished[0].after or {}
-    segments = {s for metrics in first.get("segments", {}).values() for column in metrics.values() for s in column}
+    segments = set().union(*(played_segments(run.after) for run in comparison.finished))
+    silence = " and ".join(f"{seconds:g}" for seconds in lead_ins(comparison)) or "?"
     facts = [
         ("Base", comparison.base),
         ("Conditions", str(len(comparison.conditions))),
@@ -175,7 +184,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Runs", f"{len(comparison.finished)} finished of {len(runs)}"),
         ("Held against", comparison.baseline),
         ("Held-out segments", str(len(segments))),
-        ("Lead-in before each segment", f"{first.get('lead_in_seconds', '?')} s of silence"),
+        ("Lead-in before each segment", f"{silence} s of silence"),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -340,3 +340,36 @@ def test_rewards_scored_with_other_options_are_not_held_against_each_other(tmp_p
     assert page.count("<figcaption>speech_rate: reward") == 0
     assert "Dominated on all metrics" in text
     assert "<td>fast" not in page.split("Dominated in this trade-off by")[1].split("</table>")[0]
+
+
+def test_runs_on_different_segments_are_held_against_each_other_on_those_they_share(tmp_path):
+    folders = [tmp_path / "all", tmp_path / "fewer"]
+    for number, folder in enumerate(folders):
+        config = f"seed: 0\ntrainer: {{clip: 0.{number + 1}}}\n"
+        write_run(folder, values(0.25, 1.0, 0), values(0.25, 1.0, 0), config, episodes=False)
+
+    def drop(result):  # p0, which was taken over, and t7; of 8 segments each
+        for metrics in result["segments"].values():
+            for column in metrics.values():
+                column.pop("p0", None)
+                column.pop("t7", None)
+        result["axes"]["pause_handling"]["takeover_rate"]["mean"] = 1 / 7
+        result["axes"]["turn_taking"]["latency"]["mean"] = 1.3
+        result["lead_in_seconds"] = 0.5
+
+    rewritten(folders[1], drop)
+    page = build_comparison(read_runs(folders), tmp_path / "page.html").read_text()
+    text = page_text(page)
+    assert "different held-out segments (14 to 16 each): every figure here is over the 14" in text
+    assert "different lead-ins" in text
+    assert "Lead-in before each segment0.5 and 3 s of silence" in text
+    assert "Held-out segments14" in text
+    takeovers, latency, _ = script_data(page)
+    assert takeovers["means"] == [0.143, 0.143, 0.143]  # 1 of 7, before training too
+    assert latency["means"][0] == latency["means"][1]
+    assert "none" in page.split("Dominated in this trade-off by")[1]
+    assert ">all</td>" not in page
+    alone = {"pause_handling": {"takeover_rate": {f"q{i}": 1.0 for i in range(8)}}}
+    rewritten(folders[1], lambda result: result.update(segments=alone))
+    with pytest.raises(InputError, match="share no held-out segment"):
+        build_comparison(read_runs(folders), tmp_path / "page.html")
