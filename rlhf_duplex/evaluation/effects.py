@@ -32,7 +32,7 @@ class Effect(NamedTuple):
 
 
 def paired_table(condition: Mapping[int, Column], baseline: Mapping[int, Column]) -> np.ndarray:
-    """Differences `(seeds, segments)` over the seeds that both have and the segments that all of these have.
+    """Differences `(seeds, segments)` over the seeds that both have and the segments for which all have a number.
 
     Where they share no seed, one row: the difference of each segment's means over the seeds.
 
@@ -42,18 +42,22 @@ def paired_table(condition: Mapping[int, Column], baseline: Mapping[int, Column]
     seeds = [seed for seed in condition if seed in baseline]
     if not seeds and condition and baseline:
         means = [_over_seeds(columns) for columns in (condition, baseline)]
-        shared = [segment for segment in means[0] if segment in means[1]]
+        shared = _shared(means)
         return np.array([[means[0][s] - means[1][s] for s in shared]]).reshape(1, len(shared))
     columns = [column for seed in seeds for column in (condition[seed], baseline[seed])]
-    shared = [segment for segment in columns[0] if all(segment in column for column in columns)] if columns else []
+    shared = _shared(columns)
     rows = [[condition[seed][s] - baseline[seed][s] for s in shared] for seed in seeds]
     return np.array(rows, dtype=float).reshape(len(seeds), len(shared))
 
 
 def _over_seeds(columns: Mapping[int, Column]) -> dict[str, float]:
-    shared = set.intersection(*(set(column) for column in columns.values()))
-    first = next(iter(columns.values()))
-    return {s: float(np.mean([column[s] for column in columns.values()])) for s in first if s in shared}
+    found = list(columns.values())
+    return {segment: float(np.mean([column[segment] for column in found])) for segment in _shared(found)}
+
+
+def _shared(columns: Sequence[Column]) -> list[str]:
+    """The segments for which all columns have a number."""
+    return [s for s in columns[0] if all(np.isfinite(c.get(s, np.nan)) for c in columns)] if columns else []
 
 
 def crossed_effect(differences: np.ndarray) -> Effect | None:
@@ -63,6 +67,9 @@ def crossed_effect(differences: np.ndarray) -> Effect | None:
     segments B and of what is left C, the variance of the mean is (A + B - C) / SN, with Satterthwaite's degrees of
     freedom; A and B are at least C (no component of variance is negative). With one seed (or one segment) it is the
     paired t-test over segments (over seeds).
+
+    Where all differences are the same there is no spread to estimate a variance from, though a few segments may well
+    agree by chance: p is that of the exact test which flips the signs of n segments (of one segment, seeds), 2^(1 - n).
 
     Returns:
         the effect; None where there are not at least two differences.
@@ -84,7 +91,8 @@ def crossed_effect(differences: np.ndarray) -> Effect | None:
         freedom = (a + b - c) ** 2 / spread if spread > 0 else 1.0
     agreeing = int((np.sign(by_seed) == np.sign(mean)).sum())
     if variance <= 1e-18:  # every difference is the same
-        return Effect(mean, mean, mean, 1.0 if abs(mean) < 1e-12 else 0.0, seeds, segments, agreeing)
+        p = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - (segments if segments > 1 else seeds))
+        return Effect(mean, mean, mean, p, seeds, segments, agreeing)
     error = variance**0.5
     half = float(stats.t.ppf(0.975, freedom)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, freedom))

@@ -16,6 +16,7 @@ def test_differences_are_paired_by_seed_and_segment():
     assert paired_table({0: condition[0], 1: condition[1]}, {5: baseline[1]}).tolist() == [[1.0, 2.5]]
     assert paired_table({0: {"a": 1.0}}, {0: {"b": 1.0}}).shape == (1, 0)
     assert paired_table({}, baseline).shape == (0, 0)
+    assert paired_table({0: {"a": 1.0, "b": float("nan")}}, {0: {"a": 0.5, "b": 1.0}}).tolist() == [[0.5]]
 
 
 def test_one_seed_is_the_paired_t_test():
@@ -60,7 +61,10 @@ def test_under_no_effect_one_in_twenty_is_below_five_percent():
 
 def test_differences_without_spread():
     assert crossed_effect(np.zeros((3, 5))).p == 1.0
-    assert crossed_effect(np.full((3, 5), -1.0)).p == 0.0
+    # Nothing to estimate a variance from: of the 2^5 signs that 5 segments may have, 2 are as far from 0.
+    assert crossed_effect(np.full((1, 5), 0.4)).p == 2 / 2**5
+    assert crossed_effect(np.full((3, 5), -1.0)).p == 2 / 2**5
+    assert crossed_effect(np.full((3, 1), -1.0)).p == 2 / 2**3
     assert crossed_effect(np.zeros((1, 1))) is None
     assert crossed_effect(np.zeros((0, 0))) is None
 
