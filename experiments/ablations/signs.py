@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from envs.errors import InputError
-from rlhf_duplex.report.comparison import effect_rows
+from rlhf_duplex.report.effect_table import effect_rows
 from rlhf_duplex.report.runs import Comparison, read_ablation
 
 METRICS = (

@@ -1,15 +1,14 @@
 """What of several runs can be held against each other, and what a page says of the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from envs.errors import InputError
 from rlhf_duplex.evaluation.metrics import other_options
 from rlhf_duplex.report.labels import axis_title
-from rlhf_duplex.report.runs import Comparison, Run
+from rlhf_duplex.report.runs import Comparison, Result, Run
 
 
 def scored_otherwise(runs: Sequence[Run], others: Sequence[Run]) -> set[str]:
@@ -23,7 +22,7 @@ def mixed_rewards(comparison: Comparison) -> set[str]:
     return scored_otherwise(finished[1:], finished[:1])
 
 
-def played_segments(result: Mapping[str, Any] | None) -> set[str]:
+def played_segments(result: Result) -> set[str]:
     """The segments that a result has any value of."""
     axes = (result or {}).get("segments", {})
     return {segment for metrics in axes.values() for column in metrics.values() for segment in column}
@@ -48,7 +47,7 @@ def on_shared_segments(comparison: Comparison) -> Comparison:
     return replace(comparison, runs=tuple(runs))
 
 
-def _only(result: Mapping[str, Any] | None, kept: set[str]) -> Mapping[str, Any] | None:
+def _only(result: Result, kept: set[str]) -> Result:
     """A result over the segments `kept`: their values, and means over them."""
     if result is None:
         return None

@@ -1,7 +1,5 @@
 """`comparison.html`: runs held against each other, an ablation's or any: effects, trade-offs, and two side by side."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ from markupsafe import Markup
 
 from envs.errors import InputError
 from envs.segments import SEGMENT_AXES
-from rlhf_duplex.evaluation.effects import Effect, crossed_effect, dominated_by, paired_table, seed_interval
-from rlhf_duplex.evaluation.metrics import MIN_SEGMENTS, direction
-from rlhf_duplex.evaluation.statistics import Estimate, holm
+from rlhf_duplex.evaluation.effects import dominated_by, seed_interval
+from rlhf_duplex.evaluation.metrics import direction
+from rlhf_duplex.evaluation.statistics import Estimate
 from rlhf_duplex.report.build import write_page
 from rlhf_duplex.report.cards import run_cards
 from rlhf_duplex.report.comparable import (
@@ -22,13 +20,12 @@ from rlhf_duplex.report.comparable import (
     mixed_rewards,
     on_shared_segments,
     played_segments,
-    scored_otherwise,
 )
+from rlhf_duplex.report.effect_table import Metric, effect_rows, metric_title
 from rlhf_duplex.report.labels import axis_title, interval, label, number
 from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, weight_plot
-from rlhf_duplex.report.runs import Comparison, mean_of
-
-Metric = tuple[str, str]
+from rlhf_duplex.report.runs import Comparison
+from rlhf_duplex.report.side_by_side import script_data
 
 # What arXiv 2606.11167's tables have, as far as it is measured here; backchannels' F1, and whether the words hold.
 USUAL: tuple[Metric, ...] = (
@@ -43,7 +40,6 @@ USUAL: tuple[Metric, ...] = (
     ("words", "known_pairs"),
 )
 TRADE_OFF: tuple[Metric, Metric] = (("turn_taking", "latency"), ("pause_handling", "takeover_rate"))
-SIGNIFICANT = 0.05
 
 
 def build_comparison(comparison: Comparison, path: Path) -> Path:
@@ -79,7 +75,7 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
         front=_front(comparison, cards),
         dominated=_dominated(comparison, comparable),
         cards=cards,
-        data=_data(comparison, comparable, cards),
+        data=script_data(comparison, comparable),
         unfinished=[run for run in comparison.runs if run.after is None],
         skipped=comparison.skipped,
     )
@@ -105,57 +101,10 @@ def shown_metrics(comparison: Comparison) -> list[Metric]:
     return [metric for metric in USUAL if metric in known] + more
 
 
-def effect_rows(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """A row a condition but the baseline, a cell a metric; p-values are corrected over the conditions of a metric.
-
-    A cell has `missing`, why there is no test, or the effect in words.
-    """
-    base = {run.seed: run for run in comparison.of(comparison.baseline)}
-    names = [name for name in comparison.conditions if name != comparison.baseline and comparison.of(name)]
-    rows: list[dict[str, Any]] = [{"name": name, "cells": []} for name in names]
-    for axis, metric in metrics:
-        found: list[Effect | str] = []
-        for name in names:
-            if metric == "reward" and axis in scored_otherwise(comparison.of(name), list(base.values())):
-                found.append("scored with other options")
-                continue
-            runs = {run.seed: run.column(axis, metric) for run in comparison.of(name)}
-            table = paired_table(runs, {seed: run.column(axis, metric) for seed, run in base.items()})
-            tested = crossed_effect(table) if table.shape[1] >= MIN_SEGMENTS else None
-            found.append(tested or "too few segments")
-        corrected = iter(holm([effect.p for effect in found if isinstance(effect, Effect)]))
-        for row, effect in zip(rows, found, strict=True):
-            if isinstance(effect, Effect):
-                row["cells"].append(_effect_cell(axis, metric, effect, next(corrected)))
-            else:
-                row["cells"].append({"missing": effect})
-    return rows
-
-
-def _effect_cell(axis: str, metric: str, effect: Effect, p: float) -> dict[str, Any]:
-    unit, sign = label(axis, metric).unit, direction(axis, metric)
-    clear = p < SIGNIFICANT
-    word = ("changed" if sign == 0 else "better" if (effect.mean > 0) == (sign > 0) else "worse") if clear else ""
-    return {
-        "metric": (axis, metric),
-        "mean": effect.mean,
-        "difference": number(effect.mean, unit, signed=True),
-        "interval": interval(effect.low, effect.high, unit, signed=True),
-        "p": "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}",
-        "seeds": f"{effect.agreeing} of {effect.seeds} seeds",
-        "segments": f"{effect.segments} segments",
-        "verdict": word,
-    }
-
-
 def _heading(metric: Metric) -> dict[str, str]:
     words = label(*metric)
     goal = {1: "higher is better", -1: "lower is better"}.get(direction(*metric), "")
     return {"axis": axis_title(metric[0]), "name": words.name, "meaning": words.meaning, "goal": goal}
-
-
-def _title(metric: Metric) -> str:
-    return f"{axis_title(metric[0])}: {label(*metric).name}"
 
 
 def _baseline_cell(comparison: Comparison, metric: Metric) -> dict[str, str] | None:
@@ -191,7 +140,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _lead(comparison: Comparison, effects: Sequence[dict[str, Any]]) -> str:
     clear = [
-        f"{row['name']}: {_title(cell['metric']).lower()} {cell['difference']}"
+        f"{row['name']}: {metric_title(cell['metric']).lower()} {cell['difference']}"
         for row in effects
         for cell in row["cells"]
         if cell.get("verdict")
@@ -231,7 +180,8 @@ def _condition_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[
             if values:
                 rows.append(Row(name, values, _spread(metric, values)))
         if rows:
-            plots.append((_title(metric), condition_plot(_title(metric), rows, _with_unit(metric), f"m{number_}")))
+            title = metric_title(metric)
+            plots.append((title, condition_plot(title, rows, _with_unit(metric), f"m{number_}")))
     return plots
 
 
@@ -273,8 +223,9 @@ def _weight_plots(comparison: Comparison, metrics: Sequence[Metric]) -> list[dic
                     groups.setdefault(x, []).extend(ys)
             means = [(x, _spread(metric, ys)) for x, ys in sorted(groups.items()) if ys]
             if points:
-                drawn = weight_plot(_title(metric), points, means, key, _with_unit(metric), f"w{section}-{number_}")
-                plots.append((_title(metric), drawn))
+                title, identifier = metric_title(metric), f"w{section}-{number_}"
+                drawn = weight_plot(title, points, means, key, _with_unit(metric), identifier)
+                plots.append((title, drawn))
         others = len(joined) < len(comparison.conditions)
         sections.append({"key": key, "plots": plots, "alone": others})
     return sections
@@ -312,24 +263,3 @@ def _dominated(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[s
     pair = dominated_by(costs(TRADE_OFF)) if all(m in directed for m in TRADE_OFF) else {name: [] for name in names}
     whole = dominated_by(costs(directed))
     return [{"name": name, "pair": pair[name], "all": whole[name]} for name in names]
-
-
-def _data(comparison: Comparison, metrics: Sequence[Metric], cards: Sequence[dict[str, Any]]) -> Markup:
-    """For the script: by metric and run, the value of each segment, to three decimals."""
-    results: list[Any] = [run.after for run in comparison.finished]
-    results += [next(run.before for run in comparison.finished if run.before is not None)] * (len(cards) - len(results))
-    rows = []
-    for axis, metric in metrics:
-        columns = [(r or {}).get("segments", {}).get(axis, {}).get(metric, {}) for r in results]
-        segments = sorted({segment for column in columns for segment in column})
-        values = [[_finite(c.get(s)) for s in segments] for c in columns]
-        title, unit = _title((axis, metric)), label(axis, metric).unit
-        means = [_finite(mean_of(result, axis, metric)) for result in results]
-        rows.append({"title": title, "unit": unit, "sign": direction(axis, metric), "values": values, "means": means})
-    text = json.dumps(rows, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _finite(value: float | None) -> float | None:
-    """To three decimals; None, which JSON has a word for, where there is no number."""
-    return None if value is None or not math.isfinite(value) else round(value, 3)

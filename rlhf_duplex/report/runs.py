@@ -12,6 +12,9 @@ from envs.errors import InputError
 from rlhf_duplex.evaluation.effects import Column
 from rlhf_duplex.evaluation.metrics import read_results
 
+# As `evaluation.metrics.write_results` writes it; None where there is none.
+Result = Mapping[str, Any] | None
+
 # Keys that differ between any two runs without making them different conditions.
 _NOT_CONDITIONS = (
     *("seed", "run_dir", "resume", "codes_cache", "trackers", "checkpointing.", "rollout.", "trainer.microbatch"),
@@ -39,19 +42,24 @@ class Run:
     why: str = ""
     traceback: str = ""
     attempts: int = 1
-    after: Mapping[str, Any] | None = None
-    before: Mapping[str, Any] | None = None
+    after: Result = None
+    before: Result = None
 
     def column(self, axis: str, metric: str) -> Column:
         """The value of each segment after training; empty where it has none."""
-        return (self.after or {}).get("segments", {}).get(axis, {}).get(metric, {})
+        return column_of(self.after, axis, metric)
 
     def mean(self, axis: str, metric: str) -> float | None:
         """The mean over segments after training."""
         return mean_of(self.after, axis, metric)
 
 
-def mean_of(result: Mapping[str, Any] | None, axis: str, metric: str) -> float | None:
+def column_of(result: Result, axis: str, metric: str) -> Column:
+    """The value of each segment in a result; empty where it has none."""
+    return (result or {}).get("segments", {}).get(axis, {}).get(metric, {})
+
+
+def mean_of(result: Result, axis: str, metric: str) -> float | None:
     """A metric of a result, or None where it has none."""
     estimate = (result or {}).get("axes", {}).get(axis, {}).get(metric)
     return None if estimate is None else float(estimate["mean"])

@@ -4,13 +4,15 @@ import json
 import re
 
 import pytest
+from browser import CHROMIUM, visit
 from stored_trials import values, write_ablation, write_run
 from test_report import HOSTILE, Page
 
 from envs.errors import InputError
 from rlhf_duplex.ablate.table import trial_rows
 from rlhf_duplex.cli import main
-from rlhf_duplex.report.comparison import build_comparison, effect_rows, shown_metrics, varied_numbers
+from rlhf_duplex.report.comparison import build_comparison, shown_metrics, varied_numbers
+from rlhf_duplex.report.effect_table import effect_rows
 from rlhf_duplex.report.plots import Point, front_plot
 from rlhf_duplex.report.runs import Comparison, Run, leaves, read_ablation, read_runs, varied_keys
 
@@ -84,10 +86,12 @@ def test_the_data_of_the_script(page):
         "Turn-taking: latency",
         "speech_rate: reward",
     ]
-    assert [len(row["values"]) for row in rows] == [13, 13, 13]
-    assert rows[0]["values"][0] == [1, 1, 0, 0, 0, 0, 0, 0]
-    assert rows[0]["means"][0] == 0.25
-    assert (rows[0]["sign"], rows[1]["sign"], rows[2]["sign"]) == (-1, -1, 1)
+    assert [len(row["means"]) for row in rows] == [13, 13, 13]
+    assert [[len(later) for later in row["pairs"]] for row in rows] == [list(range(12, -1, -1))] * 3
+    assert rows[0]["means"][:2] == ["25 %", "100 %"]
+    # full and "without pause" of seed 0: 6 of 8 segments are taken over in the second alone.
+    # Mean 0.75, deviation 0.463, t(7) 2.365: 0.75 +- 0.387, and t is 4.583, p 0.0025.
+    assert rows[0]["pairs"][0][0] == ["+75 points", "+36 points", "+114 points", "p = 0.003", "8 segments", "worse"]
 
 
 def test_failures_and_what_was_left_out_are_told(page):
@@ -365,7 +369,7 @@ def test_runs_on_different_segments_are_held_against_each_other_on_those_they_sh
     assert "Lead-in before each segment0.5 and 3 s of silence" in text
     assert "Held-out segments14" in text
     takeovers, latency, _ = script_data(page)
-    assert takeovers["means"] == [0.143, 0.143, 0.143]  # 1 of 7, before training too
+    assert takeovers["means"] == ["14 %", "14 %", "14 %"]  # 1 of 7, before training too
     assert latency["means"][0] == latency["means"][1]
     assert "none" in page.split("Dominated in this trade-off by")[1]
     assert ">all</td>" not in page
@@ -373,3 +377,59 @@ def test_runs_on_different_segments_are_held_against_each_other_on_those_they_sh
     rewritten(folders[1], lambda result: result.update(segments=alone))
     with pytest.raises(InputError, match="share no held-out segment"):
         build_comparison(read_runs(folders), tmp_path / "page.html")
+
+
+SIDE_BY_SIDE = """(() => {
+  const cells = (row) => [...row.cells].map((cell) => cell.innerText);
+  const rows = () => [...document.querySelectorAll("#difference tbody tr")].map(cells);
+  const selects = ["run-of-Left", "run-of-Right"].map((id) => document.getElementById(id));
+  const choose = (left, right) => {
+    selects[0].value = left;
+    selects[1].value = right;
+    selects[0].dispatchEvent(new Event("change"));
+    return rows();
+  };
+  return { forth: choose(0, 1), back: choose(1, 0), same: choose(1, 1) };
+})()"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
+    # Values whose two roundings differ (12.5 %, 0.5449 s), and differences of p = 0.078: their mean is 2.06 standard
+    # errors from 0, more than 1.96 and less than Student's 2.36 for 8 segments.
+    taken = {"one": 1, "two": 3}
+    for number, name in enumerate(taken):
+        config = f"seed: 0\ntrainer: {{clip: 0.{number + 1}}}\n"
+        write_run(tmp_path / name, values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+
+        def change(result, moved=number, share=taken[name]):
+            takeovers = {f"p{i}": float(i < share) for i in range(8)}
+            spread = [-3.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
+            latencies = {f"t{i}": 0.5449 + moved * (0.1 * x + 0.088) for i, x in enumerate(spread)}
+            result["segments"]["pause_handling"]["takeover_rate"] = takeovers
+            result["axes"]["pause_handling"]["takeover_rate"]["mean"] = share / 8
+            result["segments"]["turn_taking"]["latency"] = latencies
+            result["axes"]["turn_taking"]["latency"]["mean"] = sum(latencies.values()) / 8
+
+        rewritten(tmp_path / name, change)
+    path = tmp_path / "page.html"
+    page = build_comparison(read_runs([tmp_path / "one", tmp_path / "two"]), path).read_text()
+    seen = visit(path, SIDE_BY_SIDE)
+    assert seen["errors"] == []
+    forth, back, same = seen["value"]["forth"], seen["value"]["back"], seen["value"]["same"]
+    above = page.split("Table of effects")[1].split("</table>")[0]
+    for row in forth:
+        _, left, _, difference, interval = row
+        span, p, segments = interval.split(", ")
+        for text in (left, difference, span, p, segments):
+            assert text in above, (row, text)
+    by_name = {row[0]: row for row in forth}
+    assert by_name["Pause handling: takeover rate"][1:4] == ["12 %", "38 %", "+25 points"]
+    assert by_name["Turn-taking: latency"][1] == "0.54 s"
+    p = float(by_name["Turn-taking: latency"][4].split(", ")[1].removeprefix("p = "))
+    assert p == 0.078
+    assert by_name["Turn-taking: latency"][3][0] == "+"  # neither better nor worse
+    turned = {row[0]: row for row in back}["Pause handling: takeover rate"]
+    assert turned[1:4] == ["38 %", "12 %", "\u221225 points"]
+    assert turned[4].startswith("\u221264 to +14 points")
+    assert {row[3] for row in same} == {"the same run"}
