@@ -12,7 +12,7 @@ from envs.errors import InputError
 from envs.files import write_text
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.metrics import read_results, verdict
-from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval
+from rlhf_duplex.evaluation.statistics import Difference, difference_of
 from rlhf_duplex.tracking import read_metrics
 
 
@@ -37,13 +37,13 @@ def run_once(arguments: Sequence[str], done: Path) -> None:
         raise InputError(f"rlhf-duplex {' '.join(arguments)} ended with code {code}")
 
 
-def paired(befores: Iterable[Path], afters: Iterable[Path], axis: str, metric: str) -> Estimate | None:
+def paired(befores: Iterable[Path], afters: Iterable[Path], axis: str, metric: str) -> Difference | None:
     """After minus before over the segments of all seeds, each a unit of its own; None where none is shared."""
     differences: list[float] = []
     for before, after in zip(befores, afters, strict=True):
         tables = [read_results(p).get("segments", {}).get(axis, {}).get(metric, {}) for p in (before, after)]
         differences += [tables[1][segment] - tables[0][segment] for segment in tables[0] if segment in tables[1]]
-    return bootstrap_interval(differences) if differences else None
+    return difference_of(differences) if differences else None
 
 
 def mean_of(paths: Iterable[Path], axis: str, metric: str) -> float:
@@ -79,7 +79,7 @@ def reply_length(run_dir: Path, stage: str) -> float:
     return float(np.mean(counts)) if counts else float("nan")
 
 
-def cell(difference: Estimate | None, axis: str, metric: str) -> str:
+def cell(difference: Difference | None, axis: str, metric: str) -> str:
     """`+0.12 [+0.05, +0.20] better`."""
     if difference is None:
         return "-"

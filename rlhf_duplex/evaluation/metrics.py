@@ -31,12 +31,18 @@ from rewards.aggregate import RewardSpec
 from rewards.axis import Score
 from rewards.backchannel import Backchannel
 from rewards.timing import ROUNDING_SECONDS, agent_units, longer
-from rlhf_duplex.evaluation.statistics import Estimate, bootstrap_interval, paired_difference, segment_means
+from rlhf_duplex.evaluation.statistics import (
+    Difference,
+    Estimate,
+    bootstrap_interval,
+    can_tell,
+    paired_difference,
+    segment_means,
+)
 from rlhf_duplex.evaluation.words import spoken_vocabulary, word_metrics
 
 TAKEOVER_SECONDS = 1.0
 JSD_BIN_SECONDS = 0.2
-MIN_SEGMENTS = 5  # of fewer, a bootstrap interval is far too narrow to be called a verdict (of one it is a point)
 
 # By axis and metric: +1 where higher is better, -1 where lower is, 0 where neither.
 DIRECTION: dict[tuple[str, str], int] = {
@@ -249,7 +255,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no result of an evaluation ({type(error).__name__}: {error})") from error
 
 
-def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> Estimate | None:
+def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> Difference | None:
     """The paired difference of a metric between two results, or None where they share no segment.
 
     None, too, for the reward of an axis that the two measured with other options.
@@ -274,17 +280,18 @@ def reward_options(rewards: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {axis: {"target": spec.target, **spec.options} for axis, spec in specs.items()}
 
 
-def verdict(axis: str, metric: str, difference: Estimate | None) -> str:
-    """`better` or `worse` where the whole interval of the difference lies on one side of 0, else `no change`.
+def verdict(axis: str, metric: str, difference: Difference | None) -> str:
+    """`better` or `worse` where the difference is clear (`Difference.clear`), else `no change`.
 
-    `changed` where neither direction is better, `too few segments` below `MIN_SEGMENTS`, `not comparable` without any.
+    `changed` where neither direction is better, `too few segments` of which the test cannot tell (`can_tell`),
+    `not comparable` without any.
     """
     if difference is None:
         return "not comparable"
-    if difference.n < MIN_SEGMENTS:
+    if not can_tell(difference.n):
         return "too few segments"
     sign = direction(axis, metric)
-    if difference.low <= 0 <= difference.high:
+    if not difference.clear:
         return "no change"
     if sign == 0:
         return "changed"

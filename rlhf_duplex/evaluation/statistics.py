@@ -15,6 +15,10 @@ class Estimate(NamedTuple):
     n: int
 
 
+LEVEL = 0.05
+"""Below it a difference is beyond chance."""
+
+
 def segment_means(values: Sequence[float], segments: Sequence[str]) -> dict[str, float]:
     """The mean of each segment's values, in the order in which segments first appear."""
     grouped: dict[str, list[float]] = {}
@@ -45,13 +49,38 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95, draws:
     return Estimate(float(table.mean()), float(low), float(high), len(table))
 
 
-def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -> Estimate | None:
-    """After minus before over the segments that both have, with a paired bootstrap interval; None where none is shared.
+class Difference(NamedTuple):
+    """A mean difference with its 95 % bootstrap interval over `n` segments, and p of `permutation_test`."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    p: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is beyond chance: the interval leaves out 0, and p is below `LEVEL`.
+
+        The interval alone is too narrow over few segments: of 5 to 10 it leaves out 0 for one pair of equal policies in
+        six to nine. The test alone may call what the interval, which a reader sees, does not.
+        """
+        return not self.low <= 0 <= self.high and self.p < LEVEL
+
+
+def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -> Difference | None:
+    """After minus before over the segments that both have; None where none is shared.
 
     The two played the same user: resampling the differences leaves out what differs between segments.
     """
     differences = _differences(before, after)
-    return bootstrap_interval(differences.tolist()) if len(differences) else None
+    return difference_of(differences) if len(differences) else None
+
+
+def difference_of(differences: Sequence[float] | np.ndarray) -> Difference:
+    """The mean of paired differences, one a segment, at least one."""
+    table = np.asarray(differences, dtype=float)
+    return Difference(*bootstrap_interval(table.tolist()), _permutation_p(table))
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> np.ndarray:
@@ -66,10 +95,6 @@ class Permutation(NamedTuple):
     difference: float
     p: float
     n: int
-
-
-LEVEL = 0.05
-"""Below it a difference is beyond chance."""
 
 
 def can_tell(segments: int) -> bool:
@@ -98,18 +123,19 @@ def permutation_test(
     differences = _differences(before, after)
     if not len(differences):
         return None
-    found = float(differences.mean())
+    return Permutation(float(differences.mean()), _permutation_p(differences, draws, seed), len(differences))
+
+
+def _permutation_p(differences: np.ndarray, draws: int = 10000, seed: int = 0) -> float:
     moving = differences[differences != 0]  # swapping equal values changes nothing
     # Sums in different orders differ by rounding: a swap that gives the same must count as at least as far.
     bound = abs(float(moving.sum())) - 1e-9 * float(np.abs(moving).sum())
     if 2 ** len(moving) <= draws:
         swaps = np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1
-        p = float(np.mean(np.abs((1 - 2 * swaps) @ moving) >= bound))
-    else:
-        rng = np.random.default_rng(seed)
-        sums = np.concatenate([_swapped(moving, rng, size) for size in _parts(draws)])
-        p = float((1 + np.sum(np.abs(sums) >= bound)) / (draws + 1))
-    return Permutation(found, p, len(differences))
+        return float(np.mean(np.abs((1 - 2 * swaps) @ moving) >= bound))
+    rng = np.random.default_rng(seed)
+    sums = np.concatenate([_swapped(moving, rng, size) for size in _parts(draws)])
+    return float((1 + np.sum(np.abs(sums) >= bound)) / (draws + 1))
 
 
 def _parts(draws: int, size: int = 1000) -> list[int]:

@@ -15,7 +15,7 @@ from envs.segments import SEGMENT_AXES, Segment
 from envs.speech import Interval
 from rewards import Score
 from rlhf_duplex.evaluation import metrics
-from rlhf_duplex.evaluation.statistics import Estimate
+from rlhf_duplex.evaluation.statistics import Difference, paired_difference
 from rlhf_duplex.run_folder import make_console
 
 EVENTS = {
@@ -157,22 +157,40 @@ def test_damaged_results_are_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("axis", "metric", "low", "high", "n", "expected"),
+    ("axis", "metric", "low", "high", "n", "p", "expected"),
     [
-        ("turn_taking", "reward", 0.1, 0.3, 9, "better"),
-        ("turn_taking", "reward", -0.3, -0.1, 9, "worse"),
-        ("turn_taking", "latency", -0.3, -0.1, 9, "better"),
-        ("turn_taking", "takeover_rate", 0.1, 0.3, 9, "better"),
-        ("pause_handling", "takeover_rate", 0.1, 0.3, 9, "worse"),
-        ("backchannel", "frequency", 0.1, 0.3, 9, "changed"),
-        ("turn_taking", "reward", -0.1, 0.3, 9, "no change"),
-        ("turn_taking", "reward", 0.0, 0.3, 9, "no change"),
-        ("turn_taking", "reward", 0.1, 0.3, 4, "too few segments"),
+        ("turn_taking", "reward", 0.1, 0.3, 9, 0.01, "better"),
+        ("turn_taking", "reward", -0.3, -0.1, 9, 0.01, "worse"),
+        ("turn_taking", "latency", -0.3, -0.1, 9, 0.01, "better"),
+        ("turn_taking", "takeover_rate", 0.1, 0.3, 9, 0.01, "better"),
+        ("pause_handling", "takeover_rate", 0.1, 0.3, 9, 0.01, "worse"),
+        ("backchannel", "frequency", 0.1, 0.3, 9, 0.01, "changed"),
+        ("turn_taking", "reward", -0.1, 0.3, 9, 0.01, "no change"),
+        ("turn_taking", "reward", 0.0, 0.3, 9, 0.01, "no change"),
+        ("turn_taking", "reward", 0.1, 0.3, 5, 0.0625, "too few segments"),
+        ("turn_taking", "reward", 0.1, 0.3, 6, 0.04, "better"),
+        ("turn_taking", "reward", 0.1, 0.3, 9, 0.06, "no change"),  # the interval alone is too narrow
     ],
 )
-def test_verdict(axis, metric, low, high, n, expected):
-    assert metrics.verdict(axis, metric, Estimate((low + high) / 2, low, high, n)) == expected
+def test_verdict(axis, metric, low, high, n, p, expected):
+    assert metrics.verdict(axis, metric, Difference((low + high) / 2, low, high, n, p)) == expected
     assert metrics.verdict(axis, metric, None) == "not comparable"
+
+
+def test_equal_policies_are_seldom_called_better_or_worse():
+    """Skewed values (a turn reward: mostly half a second, now and then five) of 8 segments, the same policy twice."""
+    rng = np.random.default_rng(7)
+
+    def column():
+        late = rng.random(8) < 0.15
+        return {f"s{i}": -float(v) for i, v in enumerate(np.where(late, rng.uniform(3, 6, 8), rng.uniform(0.2, 1, 8)))}
+
+    found = []
+    for _ in range(600):
+        difference = paired_difference(column(), column())
+        assert difference.clear <= (not difference.low <= 0 <= difference.high)
+        found.append(metrics.verdict("turn_taking", "reward", difference) in ("better", "worse"))
+    assert np.mean(found) <= 0.07
 
 
 def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
@@ -187,12 +205,12 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
 
 
 def test_table_names_what_changed(tmp_path):
-    before = results(tmp_path, "before.json", [1.2, 1.4, 1.9, 1.1, 1.3])
-    after = results(tmp_path, "after.json", [0.2, 0.4, 0.6, 0.2, 0.3])
+    before = results(tmp_path, "before.json", [1.2, 1.4, 1.9, 1.1, 1.3, 1.38])
+    after = results(tmp_path, "after.json", [0.2, 0.4, 0.6, 0.2, 0.3, 0.34])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(metrics.format_table(before, after))
     rows = [line for line in console.export_text().splitlines() if "turn_taking" in line]
-    # Latency: (1.2 + 1.4 + 1.9 + 1.1 + 1.3) / 5 = 1.38 before, 1.7 / 5 = 0.34 after.
+    # Latency: (1.2 + 1.4 + 1.9 + 1.1 + 1.3 + 1.38) / 6 = 1.38 before, 2.04 / 6 = 0.34 after.
     latency = next(row for row in rows if "latency" in row)
     assert "+1.380" in latency
     assert "+0.340" in latency
@@ -218,7 +236,7 @@ def test_what_is_better_for_every_timing_metric():
         ("user_interruption", "takeover_rate"),
         *((axis, "reward") for axis in SEGMENT_AXES),
     }
-    more = Estimate(0.2, 0.1, 0.3, 9)
+    more = Difference(0.2, 0.1, 0.3, 9, 0.01)
     assert {m for m in lower | higher if metrics.verdict(*m, more) == "worse"} == lower
     assert {m for m in lower | higher if metrics.verdict(*m, more) == "better"} == higher
     named = {m for m in metrics.DIRECTION if m[0] in SEGMENT_AXES and metrics.DIRECTION[m]}

@@ -286,6 +286,7 @@ def test_figures_on_training_segments_are_marked(tmp_path):
     assert "measured on the training segments" in text
     assert "different lead-ins" in text
     assert "too few segments to tell on pause handling" in text
+    assert "a paired permutation test over these segments gives p below 0.05; of fewer than six it cannot" in text
 
 
 def test_rewards_with_other_options_are_not_compared(tmp_path):
