@@ -41,10 +41,13 @@ def effect_rows(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[
             found.append(tested or TOO_FEW)
         corrected = iter(holm([effect.p for effect in found if isinstance(effect, Effect)]))
         for row, effect in zip(rows, found, strict=True):
-            if isinstance(effect, Effect):
-                row["cells"].append(effect_cell(axis, metric, effect, next(corrected)))
-            else:
+            if isinstance(effect, str):
                 row["cells"].append({"missing": effect})
+                continue
+            cell = effect_cell(axis, metric, effect, next(corrected))
+            if not any(run.seed in base for run in comparison.of(row["name"])):
+                cell["seeds"] = "no seed in common: their spread is not in p"
+            row["cells"].append(cell)
     return rows
 
 

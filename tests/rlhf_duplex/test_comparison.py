@@ -433,3 +433,14 @@ def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
     assert turned[1:4] == ["38 %", "12 %", "\u221225 points"]
     assert turned[4].startswith("\u221264 to +14 points")
     assert {row[3] for row in same} == {"the same run"}
+
+
+def test_conditions_without_a_common_seed_are_told(tmp_path):
+    for seed, (name, latency) in enumerate({"one": 1.0, "two": 1.5}.items()):
+        config = f"seed: {seed}\ntrainer: {{clip: 0.{seed + 1}}}\n"
+        write_run(tmp_path / name, values(0.25, latency, seed), values(0.75, 1.5, 9), config, episodes=False)
+    comparison = read_runs([tmp_path / "one", tmp_path / "two"])
+    text = page_text(build_comparison(comparison, tmp_path / "page.html").read_text())
+    assert text.count("no seed in common: their spread is not in p") == 3
+    assert "1 of 1 seeds" not in text
+    assert "and, where they have seeds in common, with the same seeds" in text
