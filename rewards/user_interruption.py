@@ -28,9 +28,10 @@ class UserInterruption(RewardAxis):
     - Nor is `answer_seconds`. Where any speech is an answer, an "mm-hm" is the quickest one: one after another comes
       around the user's end, until one follows it.
 
-    Details: `interruption` `[start, end]`, `overlap_seconds` (s); with an answer also `latency` (d, seconds) and
-    `response` `[start, end]`, which are those of the paper's answer whatever `answer_seconds`. None where the episode
-    ended before the interruption did.
+    Details: `interruption` `[start, end]`, `overlap_seconds` (s), `answer` `[start, end]`, of what was rewarded as the
+    answer (None without one), and `answer_seconds`; where there is any speech after the interruption also `latency` (d,
+    seconds) and `response` `[start, end]`, which are those of the paper's answer whatever `answer_seconds`. None where
+    the episode ended before the interruption did.
 
     Attributes:
         yield_weight: reward lost for each second of overlap beyond `yield_seconds` (paper: no such term, 0).
@@ -63,6 +64,7 @@ class UserInterruption(RewardAxis):
         if after:
             details |= {"latency": max(0.0, after[0].start - interruption.end), "response": list(after[0])}
         answer = next((unit for unit in after if longer(unit, self.answer_seconds)), None)
+        details |= {"answer": None if answer is None else list(answer), "answer_seconds": self.answer_seconds}
         waited = left if answer is None else max(0.0, answer.start - interruption.end)
         charge = self.yield_weight * max(0.0, overlap - self.yield_seconds)
         return Score(0.0 - waited - charge, details)

@@ -152,10 +152,9 @@ def _scored_marks(episode: Episode, scores: Mapping[str, Record], at) -> list[Ma
     """Brackets under the agent lane: what the segment's axis counted, and the latency that it measured."""
     details = _details(scores, episode.segment.axis)
     marks = [(span, name) for key, name in _MARKS.items() for span in _pairs(details.get(key)) if span.start < span.end]
-    latency, response = real(details.get("latency")), _pairs([details.get("response")])
-    if latency is not None and response and latency != 0:
-        begun, ended = sorted((response[0].start, response[0].start - latency))
-        marks.append((Interval(begun, ended), number(latency, "s")))
+    waited = _waited(details, episode.duration)
+    if waited is not None:
+        marks.append(waited)
     parts, free = [], 0.0
     for span, name in sorted(marks):
         x0, x1 = at(span.start), at(span.end)
@@ -169,6 +168,23 @@ def _scored_marks(episode: Episode, scores: Mapping[str, Record], at) -> list[Ma
             parts.append(_text("mark", middle, y + 15, name, centre=True))
             free = middle + half + 3
     return parts
+
+
+def _waited(details: Record, end: float) -> tuple[Interval, str] | None:
+    """From what the user waited for to the agent's answer, or to the `end` of the episode where none was rewarded."""
+    latency, response = real(details.get("latency")), _pairs([details.get("response")])
+    if "answer" in details:
+        interruption, answer = _pairs([details.get("interruption")]), _pairs([details["answer"]])
+        if not interruption:
+            return None
+        begun = interruption[0].end
+        if not answer:
+            return (Interval(begun, end), "no answer") if begun < end else None
+        latency, response = answer[0].start - begun, answer
+    if latency is None or not response or latency == 0:
+        return None
+    begun, ended = sorted((response[0].start, response[0].start - latency))
+    return Interval(begun, ended), number(latency, "s")
 
 
 _MARKS = {"takeovers": "takeover", "matched": "hit", "unmatched": "false alarm"}
@@ -275,8 +291,17 @@ def _why_backchannel(details: Record) -> str:
 
 
 def _why_interruption(details: Record) -> str:
-    latency = real(details.get("latency"))
-    return "no answer" if latency is None else f"latency {latency:.2f} s"
+    latency, response = real(details.get("latency")), _pairs([details.get("response")])
+    if latency is None or not response:
+        return "no answer"
+    interruption, answer = _pairs([details.get("interruption")]), _pairs([details.get("answer")])
+    if "answer" not in details or answer == response or not interruption:
+        return f"latency {latency:.2f} s"
+    if answer:
+        what = f"latency {max(0.0, answer[0].start - interruption[0].end):.2f} s"
+    else:
+        what = f"no answer longer than {real(details.get('answer_seconds')) or 0.0:g} s"
+    return f"{what}; first speech after {latency:.2f} s"
 
 
 _WHY = {

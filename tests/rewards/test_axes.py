@@ -164,8 +164,11 @@ def test_an_answer_may_have_to_be_more_than_a_backchannel(episode):
     result = score(UserInterruption(answer_seconds=1.0), spoken)
     assert result.value == pytest.approx(-1.0)
     assert result.details["response"] == [12.1, 12.6]  # what is measured stays what the paper says
+    assert result.details["answer"] == [13.0, 15.0]
     never = episode("user_interruption", [(12.1, 13.1)], interruption=[8.0, 12.0])
-    assert score(UserInterruption(answer_seconds=1.0), never).value == pytest.approx(12.0 - never.duration)
+    result = score(UserInterruption(answer_seconds=1.0), never)
+    assert result.value == pytest.approx(12.0 - never.duration)
+    assert (result.details["answer"], result.details["answer_seconds"]) == (None, 1.0)
 
 
 def test_user_interruption_reads_the_last_user_utterance(episode):

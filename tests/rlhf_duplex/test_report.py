@@ -23,7 +23,7 @@ from rlhf_duplex.evaluation.suite import save_examples
 from rlhf_duplex.report.build import build_report, median_segments
 from rlhf_duplex.report.charts import line_chart, nice_ticks, trailing_mean
 from rlhf_duplex.report.labels import interval, number
-from rlhf_duplex.report.timeline import audio_uri, timeline_svg
+from rlhf_duplex.report.timeline import audio_uri, outcome, timeline_svg
 
 RATE = 8000
 LEAD_IN = 3.0
@@ -242,6 +242,34 @@ def test_timeline_bears_with_any_details():
     drawing = str(timeline_svg(episode, {"turn_taking": {"value": "high", "details": odd}}, 12.0, "t"))
     assert drawing.count('class="mark"') == 0
     assert "Not scored." in drawing
+
+
+def told(agent, **options):
+    """Of an interruption until 9.0 s in an episode of 12: the labels of the drawing's marks, and the words."""
+    episode = make_episode("user_interruption", agent)
+    (scored,) = UserInterruption(**options).score([episode])
+    scores = {"user_interruption": {"value": scored.value, "details": scored.details}}
+    drawing = str(timeline_svg(episode, scores, 12.0, "t"))
+    marks = re.findall(r'<path class="mark" d="([^"]*)"><title>([^<]*)', drawing)
+    return [title for _, title in marks], outcome(episode, scores)[0]
+
+
+def test_what_was_scored_of_an_interruption_is_what_is_drawn():
+    short, long = (8.37, 8.9), (7.2, 8.9)  # after 2.37 s for 0.53 s; after 1.2 s for 1.7 s
+    assert told([short]) == (["2.37 s, 9.00 to 11.37 s"], "User interruption: reward \u22122.37 s (latency 2.37 s).")
+    # Only speech of more than a second was an answer: the whole rest of the episode was charged.
+    marks, words = told([short], answer_seconds=1.0)
+    assert marks == ["no answer, 9.00 to 12.00 s"]
+    assert "reward \u22123.00 s (no answer longer than 1 s; first speech after 2.37 s" in words
+    marks, words = told([(6.3, 6.8), long], answer_seconds=1.0)
+    assert marks == ["1.20 s, 9.00 to 10.20 s"]
+    assert "(latency 1.20 s; first speech after 0.30 s" in words
+    assert told([long], answer_seconds=1.0) == told([long])
+    assert told([])[0] == ["no answer, 9.00 to 12.00 s"]
+    # Scores of before say nothing of the answer that was rewarded.
+    scores = {"user_interruption": {"value": -1.2, "details": {"latency": 1.2, "response": [10.2, 11.9]}}}
+    drawing = str(timeline_svg(make_episode("user_interruption", [long]), scores, 12.0, "t"))
+    assert "<title>1.20 s, 9.00 to 10.20 s" in drawing
 
 
 def test_report_of_a_run_that_is_not_finished(tmp_path):
