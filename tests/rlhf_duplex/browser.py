@@ -68,7 +68,18 @@ INSPECTION = """(async () => {
 })()"""
 
 
-def visit(path: Path, script: str, screenshot: Path | None = None, seconds: float = 120.0) -> dict:
+# The text of tables of which a part lies beyond the paper, or beyond a box that cannot be scrolled there.
+PRINTED = """[...document.querySelectorAll("table")].filter((table) => {
+  const box = table.getBoundingClientRect();
+  return box.right > document.documentElement.clientWidth + 1 || box.left < -1
+    || table.parentElement.scrollWidth > table.parentElement.clientWidth + 1;
+}).map((table) => table.innerText)"""
+PAPER = 718  # pixels: A4 upright without its margins, for a printer that does not turn it as the page asks
+
+
+def visit(
+    path: Path, script: str, screenshot: Path | None = None, seconds: float = 120.0, paper: int | None = None
+) -> dict:
     """Open a page, run a script in it, and say what happened.
 
     Args:
@@ -76,6 +87,7 @@ def visit(path: Path, script: str, screenshot: Path | None = None, seconds: floa
         script: a JavaScript expression, awaited where it is a promise.
         screenshot: PNG of the whole page.
         seconds: to wait, at most.
+        paper: lay it out as it is printed, on paper so many pixels wide.
 
     Returns:
         `value` of the script, `errors` (console errors and exceptions), `requests` that leave the page.
@@ -94,13 +106,13 @@ def visit(path: Path, script: str, screenshot: Path | None = None, seconds: floa
                     raise TimeoutError("Chromium did not start")
                 time.sleep(0.1)
             port = int(port_file.read_text().splitlines()[0])
-            return asyncio.run(asyncio.wait_for(_visit(port, path, script, screenshot), seconds))
+            return asyncio.run(asyncio.wait_for(_visit(port, path, script, screenshot, paper), seconds))
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
 
 
-async def _visit(port: int, path: Path, script: str, screenshot: Path | None) -> dict:
+async def _visit(port: int, path: Path, script: str, screenshot: Path | None, paper: int | None) -> dict:
     errors: list[str] = []
     requests: list[str] = []
     async with aiohttp.ClientSession() as session:
@@ -110,6 +122,10 @@ async def _visit(port: int, path: Path, script: str, screenshot: Path | None) ->
             page = _Page(socket, errors, requests)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await page.call(f"{domain}.enable")
+            if paper is not None:
+                size = {"width": paper, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+                await page.call("Emulation.setDeviceMetricsOverride", **size)
+                await page.call("Emulation.setEmulatedMedia", media="print")
             await page.call("Page.navigate", url=path.resolve().as_uri())
             await page.wait_for("Page.loadEventFired")
             result = await page.call(

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from browser import CHROMIUM, visit
+from browser import CHROMIUM, PAPER, PRINTED, visit
 from stored_trials import values, write_ablation, write_run
 from test_report import HOSTILE, Page
 
@@ -433,6 +433,17 @@ def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
     assert turned[1:4] == ["38 %", "12 %", "\u221225 points"]
     assert turned[4].startswith("\u221264 to +14 points")
     assert {row[3] for row in same} == {"the same run"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_printed_page_has_all_columns(tmp_path):
+    wide = write_ablation(tmp_path / "run", {name: ({}, 0.25, 0.5) for name in ("full", "a" * 40)}, seeds=(0, 1))
+    plan = json.loads((wide / "ablation.json").read_text())
+    names = ["pause_handling.takeover_rate", "turn_taking.latency", "speech_rate.reward", "pause_handling.reward"]
+    (wide / "ablation.json").write_text(json.dumps(plan | {"metrics": names * 3}))
+    path = build_comparison(read_ablation(wide), wide / "report.html")
+    seen = visit(path, PRINTED, paper=PAPER)
+    assert (seen["value"], seen["errors"]) == ([], [])
 
 
 def test_conditions_without_a_common_seed_are_told(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from browser import CHROMIUM, INSPECTION, visit
+from browser import CHROMIUM, INSPECTION, PAPER, PRINTED, visit
 
 from envs.episode import Episode
 from envs.errors import InputError
@@ -399,6 +399,14 @@ def test_page_in_a_browser(page, tmp_path):
     assert value["wide"] <= 0
     assert value["contrast"] >= 4.5
     assert HOSTILE in value["text"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_printed_page_has_its_verdicts(page, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    seen = visit(path, PRINTED, paper=PAPER)
+    assert (seen["value"], seen["errors"]) == ([], [])
 
 
 def test_chart_arithmetic():
