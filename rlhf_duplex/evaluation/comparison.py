@@ -10,11 +10,14 @@ from rlhf_duplex.evaluation.statistics import LEVEL, can_tell, holm, permutation
 
 
 class Against(NamedTuple):
-    """A system against the first: the paired difference, p, p corrected for all tests of the table, n, and a word."""
+    """A system against the first: the paired difference, p, p corrected for all tests of the table, n, and a word.
+
+    `corrected` is None where so few segments cannot tell: that is no test, and is not counted among them.
+    """
 
     difference: float
     p: float
-    corrected: float
+    corrected: float | None
     n: int
     word: str
 
@@ -42,10 +45,10 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, st
     found = {}
     for key, test in tests.items():
         _, axis, metric = key
-        p = corrected.get(key, 1.0)
+        p = corrected.get(key)
         sign = direction(axis, metric)
         word = "no change"
-        if not can_tell(test.n):
+        if p is None:
             word = "too few segments"
         elif p < LEVEL:
             word = "changed" if sign == 0 else "better" if (test.difference > 0) == (sign > 0) else "worse"
@@ -77,9 +80,13 @@ def as_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
                 cells.append(cell(other["axes"].get(axis, {}).get(metric), short=True))
         if len(names) > 1:
             found = [(name, against[name, axis, metric]) for name in names[1:] if (name, axis, metric) in against]
-            cells.append("; ".join(f"{_of(name, names)}{test.word}, p {test.corrected:.3f}" for name, test in found))
+            cells.append("; ".join(f"{_of(name, names)}{_said(test)}" for name, test in found))
         table.add_row(axis, metric, *cells)
     return table
+
+
+def _said(test: Against) -> str:
+    return test.word if test.corrected is None else f"{test.word}, p {test.corrected:.3f}"
 
 
 def _of(name: str, names: list[str]) -> str:

@@ -65,6 +65,7 @@ def build_report(run_dir: Path, out: Path | None = None) -> Path:
         axes=_rows(results),
         has_after=results["after"] is not None,
         reward_charts=_reward_charts(updates),
+        trained_on=_trained_on(config),
         during_charts=during_charts(updates),
         preference_charts=preference_charts(updates),
         preference_rows=preference_rows(updates),
@@ -173,6 +174,19 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _trained_on(config: Mapping) -> str:
+    """What the episodes of an update were, as the configuration has it."""
+    if config.get("env") == "live":
+        return "live dialogues with a user that reacts"
+    context = config.get("context")
+    known = context if isinstance(context, Mapping) else {}
+    probability, most = known.get("probability"), known.get("max_seconds")
+    if not _is_real(probability) or not _is_real(most):
+        return "the training segments"
+    before = f", with up to {most:g} s of context before some" if probability and most else ", without context"
+    return f"the training segments{before}"
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:

@@ -110,12 +110,19 @@ def _axes(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "word": test.word if test else "",
                     "sign": _SIGNS.get(test.word, "") if test else "",
                     "kind": test.word.split(" ")[0] if test else "",
-                    "p": "" if not test else "< 0.001" if test.corrected < 0.001 else f"{test.corrected:.3f}",
+                    "p": _p(test.corrected if test else None),
                     "difference": number(test.difference, words.unit, signed=True) if test else "",
                 }
             )
         table.setdefault(axis, []).append({"name": words.name, "meaning": words.meaning, "cells": cells})
     return [{"title": axis_title(axis), "rows": found} for axis, found in table.items()]
+
+
+def _p(corrected: float | None) -> str:
+    """`, p 0.012`; empty where there was no test."""
+    if corrected is None:
+        return ""
+    return ", p < 0.001" if corrected < 0.001 else f", p {corrected:.3f}"
 
 
 def _cases(out: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from envs.audio import resample
 from envs.episode import Episode
 from envs.speech import Interval
+from rewards.timing import ROUNDING_SECONDS
 from rewards.transcripts import CorpusWords
 from rlhf_duplex.report.charts import nice_ticks
 from rlhf_duplex.report.labels import axis_title, label, number, with_options
@@ -104,9 +105,18 @@ def _block(kind: str, interval: Interval, at, top: float) -> Markup:
 
 
 def _events(episode: Episode, at) -> list[Markup]:
-    """Pauses, the user's turn end, the true backchannels and the interruption, where the segment has them."""
+    """Pauses, the user's turn end, the true backchannels and the interruption, where the segment has them.
+
+    What lies beyond the end of the episode (a side of a pair may be the shorter one) did not happen in it.
+    """
+    end = episode.duration + ROUNDING_SECONDS
+
+    def happened(name: str) -> list[Interval]:
+        spans = [span for span in episode.event_intervals(name) or [] if span.start < end]
+        return [Interval(span.start, min(span.end, end)) for span in spans]
+
     parts = []
-    for pause in episode.event_intervals("pauses") or []:
+    for pause in happened("pauses"):
         parts.append(
             Markup('<rect class="pause" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
                 at(pause.start),
@@ -116,7 +126,7 @@ def _events(episode: Episode, at) -> list[Markup]:
                 f"the user's pause, {pause.start:.2f} to {pause.end:.2f} s",
             )
         )
-    for true in episode.event_intervals("true_backchannels") or []:
+    for true in happened("true_backchannels"):
         parts.append(
             Markup('<rect class="true" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
                 at(true.start),
@@ -127,14 +137,14 @@ def _events(episode: Episode, at) -> list[Markup]:
             )
         )
     turn_end = episode.event_time("user_turn_end")
-    if turn_end is not None:
+    if turn_end is not None and turn_end <= end:
         parts.append(
             Markup('<line class="event" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
                 at(turn_end), _USER_TOP - 6, _AGENT_TOP + _LANE + 6
             )
         )
         parts.append(_text("note", at(turn_end), 12, f"user's turn ends {turn_end:.2f} s", centre=True))
-    for barge in (episode.event_intervals("interruption") or [])[:1]:
+    for barge in happened("interruption")[:1]:
         x0, x1 = at(barge.start), at(barge.end)
         parts.append(Markup('<path class="event" d="M{0:.1f} 20V16H{1:.1f}V20"/>').format(x0, x1))
         parts.append(

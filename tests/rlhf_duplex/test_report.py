@@ -235,6 +235,35 @@ def test_timeline_has_a_block_an_interval_and_a_mark_an_event():
     assert re.search(r'class="speech agent" x="257\.2"', drawing)
 
 
+def test_events_beyond_the_end_of_an_episode_are_left_out():
+    shorter = replace(make_episode("pause_handling", [(0.0, 0.4)]), duration=6.0)  # its pauses: 4.9 s, 7.2 s
+    assert str(timeline_svg(shorter, {}, 12.0, "t")).count('class="pause"') == 1
+    # A pause that goes on is drawn to the end: 5.2 s lies at 48 + 5.2 * 502 / 12 = 265.5, after 12.6 units from 4.9 s.
+    cut = replace(shorter, duration=5.2)
+    assert re.search(r'class="pause" x="253\.0" y="26" width="12\.[56]"', str(timeline_svg(cut, {}, 12.0, "t")))
+    turn = make_episode("turn_taking", [])  # which ends at 8.0 s
+    assert "turn ends 8.00 s" in str(timeline_svg(turn, {}, 12.0, "t"))
+    assert "turn ends" not in str(timeline_svg(replace(turn, duration=7.0), {}, 12.0, "t"))
+    barge = replace(make_episode("user_interruption", []), duration=7.0)  # interrupted from 7.6 s on
+    assert "interruption 7" not in str(timeline_svg(barge, {}, 12.0, "t"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("", "on the training segments: not the held-out"),
+        ("context: {probability: 0.0, max_seconds: 5.0}\n", "on the training segments, without context: not"),
+        ("context: {probability: 0.5, max_seconds: 5.0}\n", "with up to 5 s of context before some: not"),
+        ("env: live\n", "on live dialogues with a user that reacts: not"),
+    ],
+)
+def test_rewards_during_training_say_what_they_were_measured_on(tmp_path, more, told):
+    folder = make_run(tmp_path / "run", segments_per_axis=1, updates=2)
+    config = (folder / "config.yaml").read_text().replace("context: {lead_in: 3.0}\n", "")
+    (folder / "config.yaml").write_text(config + more)
+    assert told in " ".join("".join(Page(build_report(folder).read_text()).text).split())
+
+
 def test_timeline_bears_with_any_details():
     """An axis of the user's own may put anything into its details."""
     episode = make_episode("turn_taking", [(6.0, 8.0)])

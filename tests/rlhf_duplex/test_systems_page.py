@@ -1,15 +1,17 @@
 """The page of `evaluate`, opened in a real browser: side by side, distributions, worst cases to hear."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, INSPECTION, visit
+from rich.console import Console
 from test_report import AGENT, HOSTILE, Page, make_episode
 
 from rlhf_duplex.evaluation.cases import Case, load_cases, save_cases, worst_first
-from rlhf_duplex.evaluation.comparison import compare
+from rlhf_duplex.evaluation.comparison import as_table, compare
 from rlhf_duplex.evaluation.distributions import backchannel_timing, position_shares
 from rlhf_duplex.evaluation.metrics import write_results
 from rlhf_duplex.report import systems
@@ -67,6 +69,23 @@ def test_comparison_says_what_differs_and_what_not(results):
     assert against["same", "turn_taking", "latency"].p == 1.0
     assert against["rl", "turn_taking", "latency"].n == 20
     assert against["rl", "turn_taking", "latency"].corrected >= against["rl", "turn_taking", "latency"].p
+
+
+def test_too_few_segments_have_no_p(tmp_path):
+    values = {"turn_taking": {"latency": {f"s{i}": 1.0 + i / 10 for i in range(4)}}}
+    moved = {"turn_taking": {"latency": {f"s{i}": 0.1 * i for i in range(4)}}}
+    found = {
+        name: write_results(tmp_path / f"{name}.json", column, {"suite": "live"})
+        for name, column in (("base", values), ("rl", moved))
+    }
+    assert compare(found)["rl", "turn_taking", "latency"][2:] == (None, 4, "too few segments")
+    text = " ".join("".join(Page(build_systems_page(tmp_path, found).read_text()).text).split())
+    assert "too few segments (\u22121.00 s)" in text
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_table(found))
+    told = console.export_text()
+    assert "too few segments" in told
+    assert "too few segments, p" not in told
 
 
 def test_page_is_whole_and_hostile_text_is_text(results):
