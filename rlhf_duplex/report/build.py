@@ -321,11 +321,12 @@ def _learning_charts(updates: Sequence[Mapping]) -> list[tuple[str, Markup]]:
     groups = (
         ("frac_zero_std/", "Groups that teach nothing", "share with equal rewards"),
         ("time/", "Time of an update", "seconds"),
+        ("time/worker_", "Within the rollout, mean of the workers", "seconds"),
         ("time/utilisation_", "Busy during an update", "share of its time"),
     )
     for prefix, title, unit in groups:
-        # The total is the sum of the curves, and a utilisation is no time.
-        others = ("total", "utilisation_") if prefix == "time/" else ()
+        # The total is that of the others, what workers do is part of the rollout, and a utilisation is no time.
+        others = ("total", "worker_", "utilisation_") if prefix == "time/" else ()
         names = [name for name in _keys(updates, prefix) if not name.startswith(others)]
         curves = {axis_title(name): _curve(updates, prefix + name) for name in names}
         if curves:

@@ -40,6 +40,7 @@ def line_chart(
     y_label: str,
     identifier: str,
     x_label: str = "update",
+    whole: bool = True,
 ) -> Markup:
     """Curves over updates.
 
@@ -52,6 +53,7 @@ def line_chart(
         y_label: what y is, with its unit.
         identifier: prefix of the ids in the SVG, unique in the page.
         x_label: what x is.
+        whole: only whole numbers stand on the x scale, as updates are.
     """
     clean = {name: _finite(xs, ys) for name, (xs, ys) in series.items()}
     clean = {name: points for name, points in clean.items() if len(points)}
@@ -70,7 +72,7 @@ def line_chart(
     def y_at(y: float) -> float:
         return plot_bottom - (y - y_low) / (y_high - y_low) * (plot_bottom - _TOP)
 
-    parts = [grid(x_low, x_high, y_low, y_high, x_at, y_at, plot_bottom)]
+    parts = [grid(x_low, x_high, y_low, y_high, x_at, y_at, plot_bottom, whole)]
     parts.append(
         Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
             (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label
@@ -82,7 +84,8 @@ def line_chart(
         )
     )
     for index, (name, points) in enumerate(clean.items()):
-        colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        colour = COLOURS[index % len(COLOURS)]
+        dash = DASHES[(index + index // len(COLOURS)) % len(DASHES)]  # of curves of one colour, another each time
         many = len(clean) == 1 and len(points) >= 20
         if many:
             parts.append(_path(points, x_at, y_at, colour, "", 1, 0.35))

@@ -77,7 +77,7 @@ def latency_histogram(title: str, columns: Mapping[str, Sequence[float]], identi
     for name, values in columns.items():
         counts, _ = np.histogram(np.clip(values, low, high), bins=edges)
         steps[name] = _steps(edges, counts / len(values))
-    return line_chart(title, steps, "share", identifier, "seconds")
+    return line_chart(title, steps, "share", identifier, "seconds", whole=False)
 
 
 def _steps(edges: Any, shares: Any) -> tuple[list[float], list[float]]:
