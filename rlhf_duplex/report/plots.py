@@ -62,12 +62,12 @@ def condition_plot(title: str, rows: Sequence[Row], x_label: str, identifier: st
             x_at(rows[0].estimate.mean), bottom
         )
     )
-    for number, row in enumerate(rows):
+    for number, (row, shown) in enumerate(zip(rows, short_names([row.name for row in rows]), strict=True)):
         y = 8 + _ROW * number + _ROW / 2
         mean, lower, upper, _ = row.estimate
         parts.append(
             Markup('<text class="label" x="{}" y="{}" text-anchor="end"><title>{}</title>{}</text>').format(
-                left - 10, y + 4, row.name, _short(row.name)
+                left - 10, y + 4, row.name, shown
             )
         )
         parts += [Markup('<circle class="seed" cx="{:.1f}" cy="{}" r="2.6"/>').format(x_at(v), y) for v in row.values]
@@ -178,8 +178,24 @@ def _x_label(x: float, y: float, text: str) -> Markup:
     return Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(x, y, text)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 1] + "\u2026"
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a plot, cut in the middle: the end of a condition's name is the value that it is about.
+
+    Of those that would be cut to the same text, what they begin with in common is left out.
+    """
+    cut = [_cut(name) for name in names]
+    for text in {text for text in cut if cut.count(text) > 1}:
+        places = [place for place, other in enumerate(cut) if other == text]
+        letters = zip(*(names[place] for place in places), strict=False)
+        same = len(list(itertools.takewhile(lambda found: len(set(found)) == 1, letters)))
+        for place in places:
+            cut[place] = "\u2026" + _cut(names[place][same:], _NAME_CHARACTERS - 1)
+    return cut
+
+
+def _cut(name: str, room: int = _NAME_CHARACTERS) -> str:
+    first = room // 3
+    return name if len(name) <= room else f"{name[:first]}\u2026{name[first + 1 - room :]}"
 
 
 def _svg(

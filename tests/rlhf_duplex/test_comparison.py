@@ -11,9 +11,10 @@ from test_report import HOSTILE, Page
 from envs.errors import InputError
 from rlhf_duplex.ablate.table import trial_rows
 from rlhf_duplex.cli import main
+from rlhf_duplex.evaluation.statistics import Estimate
 from rlhf_duplex.report.comparison import build_comparison, shown_metrics, varied_numbers
 from rlhf_duplex.report.effect_table import effect_rows
-from rlhf_duplex.report.plots import Point, front_plot
+from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, short_names
 from rlhf_duplex.report.runs import Comparison, Run, leaves, read_ablation, read_runs, varied_keys
 
 WEIGHT, BETA = "rewards.pause_handling.weight", "trainer.kl_beta"
@@ -191,6 +192,20 @@ def test_a_value_that_is_no_number_leaves_the_script_alive(tmp_path):
         raise AssertionError(constant)
 
     json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1), parse_constant=refuse)
+
+
+def test_names_of_conditions_keep_what_tells_them_apart():
+    cut = short_names([f"turn_taking.prompt_seconds {value}" for value in (0, 2)])
+    assert cut == ["turn_ta…mpt_seconds 0", "turn_ta…mpt_seconds 2"]
+    # What differs stands in the middle: the common beginning goes.
+    middle = short_names([f"without {axis} and with nothing else changed" for axis in ("pause", "turn")])
+    assert [name[:3] for name in middle] == ["…pa", "…tu"]
+    assert all(len(name) <= 21 for name in middle)
+    assert short_names(["full", "half"]) == ["full", "half"]
+    row = Row("turn_taking.prompt_seconds 2", [1.0], Estimate(1.0, 1.0, 1.0, 1))
+    drawing = str(condition_plot("t", [row], "x", "c"))
+    assert "<title>turn_taking.prompt_seconds 2</title>" in drawing  # the whole name
+    assert "seconds 2</text>" in drawing
 
 
 def test_runs_on_the_front_are_drawn_above_the_others():
