@@ -1,0 +1,166 @@
+"""The comparison page of runs that differ in more than their policy, and its numbers in a browser and on paper."""
+
+import json
+import re
+
+import pytest
+from browser import CHROMIUM, PAPER, PRINTED, visit
+from stored_trials import values, write_ablation, write_run
+from test_report import Page
+
+from envs.errors import InputError
+from rlhf_duplex.report.comparison import build_comparison
+from rlhf_duplex.report.runs import read_ablation, read_runs
+
+
+def rewritten(folder, change):
+    """The results of a run, changed in place."""
+    path = folder / "evaluation" / "after.json"
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
+
+
+def page_text(page):
+    return " ".join("".join(Page(page).text).split())
+
+
+def script_data(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def test_rewards_scored_with_other_options_are_not_held_against_each_other(tmp_path):
+    # The same episodes, scored twice: the rewards differ by their options alone.
+    folders = []
+    for condition, rate, value in (("slow", 1.0, -0.9), ("fast", 2.0, -0.2), ("again", 1.0, -0.9)):
+        folders.append(tmp_path / condition)
+        config = f"seed: 0\ntrainer: {{clip: {len(folders)}}}\nrewards: {{speech_rate: {{rate: {rate}}}}}\n"
+        write_run(folders[-1], values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+
+        def score(result, rate=rate, value=value):
+            result["rewards"] = {"speech_rate": {"target": None, "rate": rate}, "pause_handling": {"target": None}}
+            result["segments"]["speech_rate"]["reward"] = {f"t{i}": value + i / 100 for i in range(8)}
+            result["axes"]["speech_rate"]["reward"]["mean"] = value + 0.035
+
+        rewritten(folders[-1], score)
+    comparison = read_runs(folders)
+    page = build_comparison(comparison, tmp_path / "page.html").read_text()
+    text = page_text(page)
+    assert "Not all runs scored the reward of speech_rate with the same options" in text
+    assert page.count("scored with other options") == 1  # "again" was scored as the baseline was
+    assert "No condition differs clearly" in text
+    assert [row["title"] for row in script_data(page)] == ["Pause handling: takeover rate", "Turn-taking: latency"]
+    assert page.count("<figcaption>speech_rate: reward") == 0
+    assert "Dominated on all metrics" in text
+    assert "<td>fast" not in page.split("Dominated in this trade-off by")[1].split("</table>")[0]
+
+
+def test_runs_on_different_segments_are_held_against_each_other_on_those_they_share(tmp_path):
+    folders = [tmp_path / "all", tmp_path / "fewer"]
+    for number, folder in enumerate(folders):
+        config = f"seed: 0\ntrainer: {{clip: 0.{number + 1}}}\n"
+        write_run(folder, values(0.25, 1.0, 0), values(0.25, 1.0, 0), config, episodes=False)
+
+    def drop(result):  # p0, which was taken over, and t7; of 8 segments each
+        for metrics in result["segments"].values():
+            for column in metrics.values():
+                column.pop("p0", None)
+                column.pop("t7", None)
+        result["axes"]["pause_handling"]["takeover_rate"]["mean"] = 1 / 7
+        result["axes"]["turn_taking"]["latency"]["mean"] = 1.3
+        result["lead_in_seconds"] = 0.5
+
+    rewritten(folders[1], drop)
+    page = build_comparison(read_runs(folders), tmp_path / "page.html").read_text()
+    text = page_text(page)
+    assert "different held-out segments (14 to 16 each): every figure here is over the 14" in text
+    assert "different lead-ins" in text
+    assert "Lead-in before each segment0.5 and 3 s of silence" in text
+    assert "Held-out segments14" in text
+    takeovers, latency, _ = script_data(page)
+    assert takeovers["means"] == ["14 %", "14 %", "14 %"]  # 1 of 7, before training too
+    assert latency["means"][0] == latency["means"][1]
+    assert "none" in page.split("Dominated in this trade-off by")[1]
+    assert ">all</td>" not in page
+    alone = {"pause_handling": {"takeover_rate": {f"q{i}": 1.0 for i in range(8)}}}
+    rewritten(folders[1], lambda result: result.update(segments=alone))
+    with pytest.raises(InputError, match="share no held-out segment"):
+        build_comparison(read_runs(folders), tmp_path / "page.html")
+
+
+SIDE_BY_SIDE = """(() => {
+  const cells = (row) => [...row.cells].map((cell) => cell.innerText);
+  const rows = () => [...document.querySelectorAll("#difference tbody tr")].map(cells);
+  const selects = ["run-of-Left", "run-of-Right"].map((id) => document.getElementById(id));
+  const choose = (left, right) => {
+    selects[0].value = left;
+    selects[1].value = right;
+    selects[0].dispatchEvent(new Event("change"));
+    return rows();
+  };
+  return { forth: choose(0, 1), back: choose(1, 0), same: choose(1, 1) };
+})()"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
+    # Values whose two roundings differ (12.5 %, 0.5449 s), and differences of p = 0.078: their mean is 2.06 standard
+    # errors from 0, more than 1.96 and less than Student's 2.36 for 8 segments.
+    taken = {"one": 1, "two": 3}
+    for number, name in enumerate(taken):
+        config = f"seed: 0\ntrainer: {{clip: 0.{number + 1}}}\n"
+        write_run(tmp_path / name, values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+
+        def change(result, moved=number, share=taken[name]):
+            takeovers = {f"p{i}": float(i < share) for i in range(8)}
+            spread = [-3.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
+            latencies = {f"t{i}": 0.5449 + moved * (0.1 * x + 0.088) for i, x in enumerate(spread)}
+            result["segments"]["pause_handling"]["takeover_rate"] = takeovers
+            result["axes"]["pause_handling"]["takeover_rate"]["mean"] = share / 8
+            result["segments"]["turn_taking"]["latency"] = latencies
+            result["axes"]["turn_taking"]["latency"]["mean"] = sum(latencies.values()) / 8
+
+        rewritten(tmp_path / name, change)
+    path = tmp_path / "page.html"
+    page = build_comparison(read_runs([tmp_path / "one", tmp_path / "two"]), path).read_text()
+    seen = visit(path, SIDE_BY_SIDE)
+    assert seen["errors"] == []
+    forth, back, same = seen["value"]["forth"], seen["value"]["back"], seen["value"]["same"]
+    above = page.split("Table of effects")[1].split("</table>")[0]
+    for row in forth:
+        _, left, _, difference, interval = row
+        span, p, segments = interval.split(", ")
+        for text in (left, difference, span, p, segments):
+            assert text in above, (row, text)
+    by_name = {row[0]: row for row in forth}
+    assert by_name["Pause handling: takeover rate"][1:4] == ["12 %", "38 %", "+25 points"]
+    assert by_name["Turn-taking: latency"][1] == "0.54 s"
+    p = float(by_name["Turn-taking: latency"][4].split(", ")[1].removeprefix("p = "))
+    assert p == 0.078
+    assert by_name["Turn-taking: latency"][3][0] == "+"  # neither better nor worse
+    turned = {row[0]: row for row in back}["Pause handling: takeover rate"]
+    assert turned[1:4] == ["38 %", "12 %", "\u221225 points"]
+    assert turned[4].startswith("\u221264 to +14 points")
+    assert {row[3] for row in same} == {"the same run"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_printed_page_has_all_columns(tmp_path):
+    wide = write_ablation(tmp_path / "run", {name: ({}, 0.25, 0.5) for name in ("full", "a" * 40)}, seeds=(0, 1))
+    plan = json.loads((wide / "ablation.json").read_text())
+    names = ["pause_handling.takeover_rate", "turn_taking.latency", "speech_rate.reward", "pause_handling.reward"]
+    (wide / "ablation.json").write_text(json.dumps(plan | {"metrics": names * 3}))
+    path = build_comparison(read_ablation(wide), wide / "report.html")
+    seen = visit(path, PRINTED, paper=PAPER)
+    assert (seen["value"], seen["errors"]) == ([], [])
+
+
+def test_conditions_without_a_common_seed_are_told(tmp_path):
+    for seed, (name, latency) in enumerate({"one": 1.0, "two": 1.5}.items()):
+        config = f"seed: {seed}\ntrainer: {{clip: 0.{seed + 1}}}\n"
+        write_run(tmp_path / name, values(0.25, latency, seed), values(0.75, 1.5, 9), config, episodes=False)
+    comparison = read_runs([tmp_path / "one", tmp_path / "two"])
+    text = page_text(build_comparison(comparison, tmp_path / "page.html").read_text())
+    assert text.count("no seed in common: their spread is not in p") == 3
+    assert "1 of 1 seeds" not in text
+    assert "and, where they have seeds in common, with the same seeds" in text
