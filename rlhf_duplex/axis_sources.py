@@ -86,6 +86,14 @@ def check_axes(run_dir: Path, resume: bool, rewards: Mapping[str, Any]) -> dict[
     return now
 
 
+def forget_axes(run_dir: Path) -> None:
+    """Drop what `note_axes` kept: an axis has failed, and whoever mends it changes its code."""
+    path = run_dir / "provenance.json"
+    if path.is_file():
+        note = json.loads(path.read_text())
+        write_text(path, json.dumps({key: value for key, value in note.items() if key != _KEY}, indent=1) + "\n")
+
+
 def note_axes(run_dir: Path, now: Mapping[str, str]) -> None:
     """Keep what `check_axes` gave in `provenance.json`, which is there."""
     path = run_dir / "provenance.json"

@@ -88,6 +88,8 @@ def test_what_an_axis_raises_loses_no_update(tmp_path, nano_segments, workers, e
         assert last_checkpoint(run_dir).name == "step_000002"
         assert len(metrics(run_dir)) == 2
         (tmp_path / "broken").unlink()
+        with (tmp_path / "failing.py").open("a") as file:
+            file.write("# mended\n")  # which is no reason to refuse the resume
         resumed = updates(tmp_path, run_dir, resume="true", **options)
         if not workers:
             whole = updates(tmp_path, tmp_path / "whole", **options)
