@@ -164,6 +164,9 @@ def registered_axes() -> dict[str, type[RewardAxis]]:
 
 def broken_axes() -> dict[str, str]:
     """Axes that installed packages promise and that cannot be loaded, by name with the reason; loads the others."""
+    import rewards  # registers the built-in axes
+
+    del rewards
     broken = {}
     for name in _promised():
         try:
@@ -175,17 +178,19 @@ def broken_axes() -> dict[str, str]:
 
 def _promised() -> dict[str, EntryPoint]:
     """Entry points of installed packages, by name; none is loaded."""
-    import rewards  # registers the built-in axes
-
-    del rewards
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _installed(name: str) -> type[RewardAxis] | None:
     """An axis by its registered name, or from the entry point of that name, of which no other is loaded."""
+    import rewards  # registers the built-in axes
+
+    del rewards
+    if name in _REGISTRY:  # before the entry points: to look for those reads every package that is installed
+        return _REGISTRY[name]
     promised = _promised()
-    if name in _REGISTRY or name not in promised:
-        return _REGISTRY.get(name)
+    if name not in promised:
+        return None
     where = f"entry point '{name} = {promised[name].value}'"
     try:
         cls = promised[name].load()

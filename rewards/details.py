@@ -46,6 +46,8 @@ def not_finite(value: Any, where: str = "") -> str:
         return where or "details"
     rows: Any = ()
     if isinstance(value, Mapping):
+        if odd := next((key for key in value if isinstance(key, float) and not math.isfinite(key)), None):
+            return f"the key {odd} of {where or 'details'}"
         rows = ((item, f"{where}.{key}" if where else str(key)) for key, item in value.items())
     elif isinstance(value, list | tuple):
         rows = ((item, f"{where}[{index}]") for index, item in enumerate(value))
@@ -55,7 +57,7 @@ def not_finite(value: Any, where: str = "") -> str:
 def finite(value: Any) -> Any:
     """The same with None where a number is not finite: what browsers and other languages read is JSON alone."""
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {str(key) if isinstance(key, float) else key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

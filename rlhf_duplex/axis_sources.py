@@ -7,7 +7,9 @@ release that touches a comment in one of them would end every run, and `provenan
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,18 @@ def check_axes(run_dir: Path, resume: bool, rewards: Mapping[str, Any]) -> dict[
     return now
 
 
-def forget_axes(run_dir: Path) -> None:
-    """Drop what `note_axes` kept: an axis has failed, and whoever mends it changes its code."""
-    path = run_dir / "provenance.json"
-    if path.is_file():
-        note = json.loads(path.read_text())
-        write_text(path, json.dumps({key: value for key, value in note.items() if key != _KEY}, indent=1) + "\n")
+@contextmanager
+def forgetting_failed(run_dir: Path) -> Iterator[None]:
+    """Where an axis fails, its code is noted no more: whoever mends it changes it, and the run can go on."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # the error that is to be seen is the first
+            said, path = "".join(traceback.format_exception(error)), run_dir / "provenance.json"
+            note = json.loads(path.read_text())
+            axes = {name: digest for name, digest in note[_KEY].items() if f"of reward axis '{name}'" not in said}
+            write_text(path, json.dumps(note | {_KEY: axes}, indent=1) + "\n")
+        raise
 
 
 def note_axes(run_dir: Path, now: Mapping[str, str]) -> None:

@@ -165,8 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     for name, value in vars(options).items():
-        if isinstance(value, Path):  # a shell leaves `--out=~/x` and quoted paths as they are
-            setattr(options, name, value.expanduser())
+        setattr(options, name, _at_home(value))
     try:
         return _caught(options)
     except KeyboardInterrupt:
@@ -176,6 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _at_home(value: Any) -> Any:
+    """Paths that begin with `~/`, expanded: a shell leaves `--out=~/x` and quoted ones as they are."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
 
 
 def _caught(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from envs.errors import InputError
+from rlhf_duplex.axis_sources import forgetting_failed
 from rlhf_duplex.checkpoint import last_checkpoint, updates_done
 from rlhf_duplex.config import Config
 from rlhf_duplex.config_files import check_resumed
@@ -68,7 +69,7 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
             check_before("resume", measured, config, inputs.held_out)
 
     run_dir = prepare_run_dir(config, check, files)
-    with running(config, inputs, run_dir, console) as trainer:
+    with forgetting_failed(run_dir), running(config, inputs, run_dir, console) as trainer:
         try:
             before, after = _evaluated(trainer)
         except StoppedError:

@@ -20,7 +20,6 @@ from envs.errors import InputError
 from envs.segments import Segment
 from rlhf_duplex.algorithms.advantages import AdvantageResult, combine_advantages
 from rlhf_duplex.algorithms.values import batch_rewards
-from rlhf_duplex.axis_sources import forget_axes
 from rlhf_duplex.batch import make_batch
 from rlhf_duplex.checkpoint import last_checkpoint, mark_best, prune
 from rlhf_duplex.cluster.local import Cluster, LearnersLostError, LocalCluster
@@ -294,11 +293,11 @@ class Trainer:
                     folder = self.save(whole=False)
             except Exception as failure:  # noqa: BLE001  the error that is to be seen is the first
                 error.add_note(f"nor could a checkpoint be saved ({type(failure).__name__}: {failure})")
-                raise error from None
-            forget_axes(self.run_dir)
-            self.console.print(
-                f"failed after update {self.update}, kept in {folder}: once mended, resume=true goes on", soft_wrap=True
-            )
+            else:
+                self.console.print(
+                    f"failed after update {self.update}, kept in {folder}: once mended, resume=true goes on",
+                    soft_wrap=True,
+                )
             raise
 
     def _make_up(self, log: MetricsLog) -> None:

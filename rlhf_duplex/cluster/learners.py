@@ -101,7 +101,7 @@ class LearnerGroup:
             while refs:
                 ready, _ = ray.wait(list(refs), timeout=0.05)
                 found += [result_of(refs.pop(ref), ref) for ref in ready]
-                meanwhile.pump(0.0)
+                meanwhile.pump_meanwhile()
                 if refs and time.monotonic() > deadline:
                     raise GoneError(f"{next(iter(refs.values()))} did not finish update {update} in time")
             return found[0]

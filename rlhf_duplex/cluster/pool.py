@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from rlhf_duplex.cluster.local import LearnersLostError
-from rlhf_duplex.cluster.processes import GoneError, Process, kill, result_of, start_member
+from rlhf_duplex.cluster.processes import ClusterError, GoneError, Process, kill, result_of, start_member
 from rlhf_duplex.cluster.roles import Played, Unit
 from rlhf_duplex.config import Config
 
@@ -63,6 +63,7 @@ class RolloutPool:
         self._on_unit: Callable[[Unit | None], None] | None = None
         self._weights: tuple[int, Any] | None = None
         self._begun = time.monotonic()
+        self._error: ClusterError | None = None
         self._figures: dict[str, float] = {}
         self._clear()
         self._workers = [self._start(index) for index in range(config.cluster.workers)]
@@ -122,7 +123,7 @@ class RolloutPool:
         self._forget()
         self._units, self._queue = list(units), deque(range(len(units)))
         self._places = {unit.places: index for index, unit in enumerate(units)}
-        self._results = {}
+        self._results, self._error = {}, None
         self._begun = time.monotonic()
         self.pump(0.0)
 
@@ -148,11 +149,21 @@ class RolloutPool:
         """Wait for all units; `on_unit` is told of each when it is played, and every second that none was."""
         self._on_unit = on_unit
         while self.waiting:
+            if self._error is not None:
+                raise self._error
             self.pump(1.0)
             if on_unit is not None:
                 on_unit(None)
         self._note_figures(time.monotonic() - self._begun)
         return [self._results[index] for index in range(len(self._units))]
+
+    def pump_meanwhile(self) -> None:
+        """`pump` for who waits for something else, the learners in an update: an error is kept for `results`."""
+        try:
+            if self._error is None:
+                self.pump(0.0)
+        except ClusterError as error:
+            self._error = error
 
     def pump(self, seconds: float) -> None:
         """Give work to whoever has none, and take in what was done within so many seconds."""

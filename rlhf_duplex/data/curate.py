@@ -34,6 +34,7 @@ from rlhf_duplex.run_folder import make_console
 STALLED_SECONDS = 3600.0
 CONTEXT_SECONDS = 30.0  # the longest context of arXiv 2606.11167
 _RETRIES = 1
+_MANIFEST = ("a manifest", {"axis", "recording"})  # of what is replaced
 
 
 def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | None = None) -> Summary:
@@ -50,7 +51,7 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     """
     console = console or make_console()
     check_curate_options(options)
-    work = _prepare(out)
+    work = _prepare(out, bool(options.heldout))
     with console.status(Text(f"looking through {corpus}")):
         layout, recordings, problems = find_corpus(corpus, options.format)
     if options.strict and problems:
@@ -74,6 +75,8 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     write_manifest(out, segments)
     if held:
         write_manifest(heldout_path(out), others)
+    else:
+        _put_aside(heldout_path(out), console)
     if options.encode:
         _encode([*segments, *others], options, console)
     from rlhf_duplex.report.segments import build_segments_page
@@ -90,6 +93,18 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
 def heldout_path(out: Path) -> Path:
     """The manifest of the held-out recordings, beside that of the others."""
     return out.with_suffix(".heldout.jsonl")
+
+
+def _put_aside(path: Path, console: Console) -> None:
+    """Rename the held-out manifest of an earlier choice: its recordings are trained on now."""
+    try:
+        check_replaced(path, *_MANIFEST)
+    except InputError:  # something else has the name
+        return
+    if path.is_file():
+        old = path.with_suffix(".jsonl.old")
+        os.replace(path, old)
+        console.print(f"! nothing is held out any more: {path} is now {old.name}", soft_wrap=True, highlight=False)
 
 
 def _choose(
@@ -125,14 +140,14 @@ def check_curate_options(options: CurateOptions) -> None:
         find_bundle(options.encode)
 
 
-def _prepare(out: Path) -> Path:
+def _prepare(out: Path, heldout: bool) -> Path:
     """The work folder beside the manifest, made and writable."""
     if out.suffix != ".jsonl":
         raise InputError(f"--out {out} must end in .jsonl: a page and a work folder of that name are written beside it")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the path of the manifest to write")
-    for path in (out, heldout_path(out)):
-        check_replaced(path, "a manifest", {"axis", "recording"})
+    for path in (out, heldout_path(out)) if heldout else (out,):
+        check_replaced(path, *_MANIFEST)
     work = out.with_suffix(".work")
     try:
         work.mkdir(parents=True, exist_ok=True)

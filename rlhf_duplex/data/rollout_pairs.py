@@ -16,6 +16,7 @@ from envs.segments import Segment
 from envs.vector import DuplexDialogueVectorEnv
 from rewards.aggregate import RewardFunction
 from rewards.axis import Score
+from rewards.details import finite
 from rlhf_duplex.data.pair import Pair
 from rlhf_duplex.data.pair_options import PairOptions
 from rlhf_duplex.data.parts import Part
@@ -147,7 +148,7 @@ def _columns(episode: Episode) -> torch.Tensor:
 def _told(scores: Mapping[str, Score | None], episode: Episode, seed: int) -> dict[str, Any]:
     return {
         "scores": {
-            name: {"value": score.value, "details": score.details}
+            name: {"value": score.value, "details": finite(score.details)}
             for name, score in scores.items()
             if score is not None
         },

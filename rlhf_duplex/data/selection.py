@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from envs.errors import InputError
 from rlhf_duplex.data.criteria import Candidate
-from rlhf_duplex.data.parts import held_out
 from rlhf_duplex.data.recordings import Recording
 
 
@@ -61,6 +60,9 @@ def spread(found: Sequence[Found], count: int, seed: int) -> list[Found]:
 def held_out_recordings(recordings: Sequence[Recording], users: Sequence[int], share: float, seed: int) -> set[str]:
     """Ids of the recordings that are held out: about this share of them, and nobody is a user on both sides.
 
+    Recordings that hang together by their users stay together: parts are taken at random while they fit into the share,
+    or the smallest where none does.
+
     Args:
         users: the sides that are taken as users, 0, 1 or both.
         seed: of the choice.
@@ -79,14 +81,19 @@ def held_out_recordings(recordings: Sequence[Recording], users: Sequence[int], s
     for recording in sorted(recordings, key=lambda recording: recording.id):
         for user in users:
             known[root(f"user {recording.sides[user].speaker}")] = root(f"recording {recording.id}")
-    roots = {recording.id: root(f"recording {recording.id}") for recording in recordings}
-    held = held_out(list(roots.values()), share, seed)
-    if not held:
+    parts: dict[str, set[str]] = {}
+    for recording in recordings:
+        parts.setdefault(root(f"recording {recording.id}"), set()).add(recording.id)
+    if len(parts) < 2:
         raise InputError(
-            f"--heldout {share:g}: the {len(roots)} recordings cannot be parted, since they share their users: "
+            f"--heldout {share:g}: the {len(recordings)} recordings cannot be parted, since they share their users: "
             "leave --heldout out, or curate another corpus to evaluate on"
         )
-    return {name for name, part in roots.items() if part in held}
+    wanted, held = round(share * len(recordings)), set[str]()
+    for name in sorted(parts, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
+        if len(held) + len(parts[name]) <= wanted:
+            held |= parts[name]
+    return held or min(parts.values(), key=lambda part: (len(part), min(part)))
 
 
 def _ranks(groups: Sequence[Hashable]) -> list[int]:

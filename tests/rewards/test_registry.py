@@ -179,6 +179,8 @@ def test_numbers_of_every_kind_are_plain_ones(episode):
         saved = json.dumps(finite(score.details), allow_nan=False)
         assert json.loads(saved) == {"n": 3, "spans": [[0.5, 1.0]], "2": 1.5, "none": None}
     assert not_finite({"a": [1, {"b": [0.0, -math.inf]}]}) == "a[1].b[1]"
+    assert not_finite({"a": {math.nan: 1}}) == "the key nan of a"
+    assert finite({"a": {math.nan: 1, 2.5: 2}}) == {"a": {"nan": 1, "2.5": 2}}
     assert not_finite({"a": [1, None, "nan", True]}) == ""
     loop: dict = {}
     loop["loop"] = loop

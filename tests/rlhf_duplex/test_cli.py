@@ -151,7 +151,7 @@ def test_bad_audio(tmp_path, capsys):
         ("trainer.group_size=1", "at least 2"),
         ("sampling.text_temperature=nan", "sampling.text_temperature must be a number of at least 0, found nan"),
         ("sampling.audio_top_k=-3", "sampling.audio_top_k must be a number of at least 0, found -3"),
-        ("optimiser.learning_rate=inf", "optimiser.learning_rate must be above 0, found inf"),
+        ("optimiser.learning_rate=inf", "optimiser.learning_rate must be above 0 and finite, found inf"),
         ("context.max_seconds=nan", "context.max_seconds must be a number of at least 0, found nan"),
         ("rewards.turn_taking.name=x", "a reward axis has no option 'name'"),
         ("trainer.algorithm=sarsa", "'sarsa' is not known"),
@@ -308,6 +308,9 @@ def test_a_tilde_is_the_users_folder_wherever_a_path_is_given(tmp_path, monkeypa
     assert config.rewards["mine"]["target"] == f"{tmp_path}/axis.py"
     assert main(["curate", "~/none", "--out=~/q.jsonl"]) == 2
     assert f"{tmp_path}/none" in capsys.readouterr().err
+    assert main(["curate", "none", "--out=~nobody/q.jsonl"]) == 2
+    assert main(["report", "~/run"]) == 2
+    assert f"{tmp_path}/run" in capsys.readouterr().err
     assert not (tmp_path / "~").exists()
 
 

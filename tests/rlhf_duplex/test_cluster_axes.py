@@ -72,13 +72,15 @@ class Failing(RewardAxis):
 """
 
 
-@pytest.mark.parametrize(("workers", "every"), [(0, 0), (0, 2), (1, 0)])
-def test_what_an_axis_raises_loses_no_update(tmp_path, nano_segments, workers, every):
+@pytest.mark.parametrize(("workers", "every", "ahead"), [(0, 0, 0), (0, 2, 0), (1, 0, 0), (1, 0, 1)])
+def test_what_an_axis_raises_loses_no_update(tmp_path, nano_segments, workers, every, ahead):
     write_inputs(tmp_path, nano_segments)
-    (tmp_path / "failing.py").write_text(FAILING)
+    # Ahead it raises while the learner is at work, for as long as twelve passes take.
+    (tmp_path / "failing.py").write_text(FAILING.replace("== 2", "== 1") if ahead else FAILING)
     (tmp_path / "broken").touch()
     options = {"rewards__failing__target": tmp_path / "failing.py", "trainer__updates": 3, "checkpointing__every": 9}
     options |= {"evaluation__every": every, "evaluation__every_limit": 1, "cluster__workers": workers}
+    options |= {"trainer__ahead": "true", "trainer__passes": 12} if ahead else {}
     run_dir = tmp_path / "run"
     try:
         with pytest.raises((KeyError, ClusterError)) as raised:

@@ -158,6 +158,11 @@ def test_a_share_of_the_recordings_is_held_out(corpus, whole, tmp_path, capsys):
         assert max(counts.values()) == most
     assert f"wrote {len(train)} segments to {out}, {len(held)} held-out ones to" in told
     assert f"segments held out {len(held)}" in told
+    again = curate(corpus, out, CurateOptions(criteria=SHORT, per_axis=8, examples=0))
+    assert not again.held_out
+    assert {s.id for s in read_manifest(out)} >= {s.id for s in held}
+    assert "nothing is held out any more" in " ".join(capsys.readouterr().out.split())
+    assert not out.with_name("parted.heldout.jsonl").exists()  # or a suite would be trained on
     with pytest.raises(InputError, match="--heldout must be a share of at least 0 and below 1, found 1"):
         curate(corpus, out, CurateOptions(heldout=1.0))
 
