@@ -95,7 +95,7 @@ def check_value(key: str, value: Any, allowed: Allowed = _USUAL) -> None:
         if isinstance(one, bool) or not isinstance(one, int | float):
             continue
         if not allowed.holds(one):
-            finite = "" if math.isfinite(one) else " and finite"
+            finite = " and finite" if one == math.inf else ""
             raise InputError(f"{key} must {allowed.words()}{finite}, found {list(value) if several else value}")
         if isinstance(one, int) and one >= 2**63:
             raise InputError(f"{key} must be below 2^63, found {value}")

@@ -387,7 +387,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("rlhf_duplex.run.train", train)
     assert main(["train"]) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "rlhf-duplex: stopped; training goes on with resume=true, the rest with the same command"
+        "rlhf-duplex: stopped; training that has a checkpoint goes on with resume=true, the rest with the same command"
     ]
 
 
