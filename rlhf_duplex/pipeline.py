@@ -13,8 +13,9 @@ A configuration with `stages` is a pipeline; a stage is the command line that a 
 
 What a stage depends on is its command line and the content of every file and folder that it names (but those that it
 makes), plus those under `needs`; of a manifest among them, also the recordings that it names. A stamp in
-`RUN_DIR/.stages/` holds their hash; a finished stage whose stamp still fits is not run again. One that was interrupted
-goes on with `resume=true` where it can.
+`RUN_DIR/.stages/` holds their hash, and apart from it the recordings' fingerprint, which stamps of earlier versions
+lack; a finished stage whose stamp still fits is not run again. One that was interrupted goes on with `resume=true`
+where it can.
 """
 
 import hashlib
@@ -191,15 +192,13 @@ def inputs_of(stage: Stage) -> list[Path]:
 
 
 def stage_hash(stage: Stage) -> str:
-    """Of the command line and the content of all inputs, and of the recordings that manifests among them name.
+    """Of the command line and the content of all inputs. Another way to compute it runs every finished stage again.
 
     Raises:
-        InputError: an input under `needs` is not there, or a recording cannot be read.
+        InputError: an input under `needs` is not there.
     """
     digest = hashlib.sha256(json.dumps(stage.arguments).encode())
-    inputs = inputs_of(stage)
-    folders = [path.resolve() for path in (*inputs, *stage.makes)]
-    for path in inputs:
+    for path in inputs_of(stage):
         if not path.exists():
             raise InputError(f"stage '{stage.name}' needs {path}, which does not exist")
         for file in _files(path, {made.resolve() for made in stage.makes}):
@@ -208,15 +207,26 @@ def stage_hash(stage: Stage) -> str:
             digest.update(f"\0{shown}\0{file.relative_to(path)}\0".encode())
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-            # What lies in another input is read whole, above. A corpus is not: it is too large for that.
-            outside = [
-                named
-                for named in (named_files(file) if file.suffix == ".jsonl" else ())
-                if not any(named.resolve().is_relative_to(folder) for folder in folders)
-            ]
-            if outside:
-                digest.update(files_fingerprint(tuple(outside), times=False).encode())
     return digest.hexdigest()
+
+
+def recordings_of(stage: Stage) -> str:
+    """The fingerprint of the recordings that manifests among the inputs name; nothing where none is there.
+
+    Raises:
+        InputError: a recording cannot be read.
+    """
+    inputs, makes = inputs_of(stage), {path.resolve() for path in stage.makes}
+    folders = {path.resolve() for path in inputs} | makes
+    listings = (file for path in inputs for file in _files(path, makes) if file.suffix == ".jsonl")
+    # What lies in another input is read whole by `stage_hash`. A corpus is not: it is too large for that.
+    outside = {
+        named: None
+        for listing in listings
+        for named in named_files(listing)
+        if not any(named.resolve().is_relative_to(folder) for folder in folders)
+    }
+    return files_fingerprint(tuple(outside), times=False) if outside else ""
 
 
 def _files(path: Path, makes: set[Path]) -> Iterable[Path]:
@@ -240,15 +250,31 @@ def _read_stamp(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_stamp(path: Path, key: str, done: bool) -> None:
-    write_text(path, json.dumps({"hash": key, "done": done}) + "\n")
+def _write_stamp(path: Path, key: str, recordings: str, done: bool) -> None:
+    write_text(path, json.dumps({"hash": key, "recordings": recordings, "done": done}) + "\n")
+
+
+def _add_recordings(path: Path, stage: Stage) -> None:
+    """To a stamp that says nothing of them; its time, which tells when the stage was started, stays."""
+    stamp, since = _read_stamp(path), path.stat()
+    if not stamp.get("recordings") and (recordings := recordings_of(stage)):
+        write_text(path, json.dumps(stamp | {"recordings": recordings}) + "\n")
+        os.utime(path, ns=(since.st_atime_ns, since.st_mtime_ns))
+
+
+def _fits(stamp: dict[str, Any], key: str, recordings: str) -> bool:
+    """Whether a stamp is of these inputs. It may say nothing of recordings, and a corpus may have been taken away."""
+    noted = stamp.get("recordings")
+    return stamp.get("hash") == key and (not noted or not recordings or noted == recordings)
 
 
 def is_done(pipeline: Pipeline, stage: Stage) -> bool:
     """Whether it ran to its end on what its inputs are now, and what it made is there."""
     stamp = _read_stamp(_stamp(pipeline, stage))
     return bool(
-        stamp.get("done") and all(path.exists() for path in stage.makes) and stamp.get("hash") == stage_hash(stage)
+        stamp.get("done")
+        and all(path.exists() for path in stage.makes)
+        and _fits(stamp, stage_hash(stage), recordings_of(stage))
     )
 
 
@@ -280,6 +306,8 @@ def run_pipeline(
     for stage in pipeline.stages:
         line = f"rlhf-duplex {shlex.join(stage.arguments)}"
         if not (dry and outcome.ran) and is_done(pipeline, stage):
+            if not dry:
+                _add_recordings(_stamp(pipeline, stage), stage)
             outcome.kept.append(stage.name)
             say(f"stage {stage.name}: done before, inputs unchanged")
             continue
@@ -288,12 +316,14 @@ def run_pipeline(
             say(f"stage {stage.name}: would run {line}")
             continue
         path = _stamp(pipeline, stage)
-        key, stamp = stage_hash(stage), _read_stamp(path)
-        interrupted = stamp.get("hash") == key and not stamp.get("done")
+        key, recordings, stamp = stage_hash(stage), recordings_of(stage), _read_stamp(path)
+        interrupted = _fits(stamp, key, recordings) and not stamp.get("done")
         resumed = interrupted and _resumes(stage.arguments, path.stat().st_mtime)
         arguments = [*stage.arguments, "resume=true"] if resumed else list(stage.arguments)
-        if not interrupted:
-            _write_stamp(path, key, done=False)
+        if interrupted:
+            _add_recordings(path, stage)
+        else:
+            _write_stamp(path, key, recordings, done=False)
         say(f"stage {stage.name}: {line}{' resume=true' if resumed else ''}")
         before = len(stops)
         if stamp:
@@ -307,5 +337,5 @@ def run_pipeline(
             raise InputError(
                 f"stage '{stage.name}' {reason}: mend it and start the pipeline again; it goes on from here"
             )
-        _write_stamp(path, key, done=True)
+        _write_stamp(path, key, recordings, done=True)
     return outcome
