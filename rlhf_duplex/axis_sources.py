@@ -19,7 +19,7 @@ from rewards.aggregate import RewardSpec
 from rewards.axis import find_axis
 
 _OWN = ("rewards", "rlhf_duplex", "envs")
-_KEY = "axes"  # in provenance.json, beside the digests of manifests
+AXES = "axes"  # in provenance.json, beside the digests of manifests
 
 
 def axis_sources(rewards: Mapping[str, Any]) -> dict[str, str]:
@@ -65,14 +65,14 @@ def changed_axis(run_dir: Path, now: Mapping[str, str]) -> str:
     if not path.is_file():
         return ""
     try:
-        before = dict(json.loads(path.read_text()).get(_KEY, {}))
+        before = dict(json.loads(path.read_text()).get(AXES, {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it to go on with what there is now") from error
     return next((name for name, digest in now.items() if before.get(name, digest) != digest), "")
 
 
 def check_axes(run_dir: Path, resume: bool, rewards: Mapping[str, Any]) -> dict[str, str]:
-    """The code of the axes now, for `note_axes`; a resumed run must find it unchanged.
+    """The code of the axes now, for the note; a resumed run must find it unchanged.
 
     Raises:
         InputError: that of one has changed since the run began.
@@ -82,8 +82,8 @@ def check_axes(run_dir: Path, resume: bool, rewards: Mapping[str, Any]) -> dict[
         path = _source(name, RewardSpec.from_config(rewards[name]).target)
         raise InputError(
             f"resume: the code of the reward axis '{name}' ({path}) "
-            "is not what it was when this run began: put the old one back, or start without resume=true (remove "
-            f"{run_dir / 'provenance.json'} to go on with what there is now)"
+            "is not what it was when this run began: put the old one back, or start without resume=true (take its "
+            f"entry out of `{AXES}` in {run_dir / 'provenance.json'} to go on with what there is now)"
         )
     return now
 
@@ -97,13 +97,6 @@ def forgetting_failed(run_dir: Path) -> Iterator[None]:
         with suppress(OSError, ValueError, KeyError, AttributeError):  # the error that is to be seen is the first
             said, path = "".join(traceback.format_exception(error)), run_dir / "provenance.json"
             note = json.loads(path.read_text())
-            axes = {name: digest for name, digest in note[_KEY].items() if f"of reward axis '{name}'" not in said}
-            write_text(path, json.dumps(note | {_KEY: axes}, indent=1) + "\n")
+            axes = {name: digest for name, digest in note[AXES].items() if f"of reward axis '{name}'" not in said}
+            write_text(path, json.dumps(note | {AXES: axes}, indent=1) + "\n")
         raise
-
-
-def note_axes(run_dir: Path, now: Mapping[str, str]) -> None:
-    """Keep what `check_axes` gave in `provenance.json`, which is there."""
-    path = run_dir / "provenance.json"
-    if now:
-        write_text(path, json.dumps(json.loads(path.read_text()) | {_KEY: dict(now)}, indent=1) + "\n")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from envs.errors import InputError
 from envs.files import write_text
-from rlhf_duplex.axis_sources import check_axes, note_axes
+from rlhf_duplex.axis_sources import AXES, check_axes
 from rlhf_duplex.config_files import check_resumed, to_yaml
 from rlhf_duplex.data.recordings import files_fingerprint, named_files
 from rlhf_duplex.policy.bundle import find_bundle, weights_digest
@@ -61,8 +61,7 @@ def prepare_run_dir(
             check(config, run_dir / "config.yaml")
         if files is not None:
             axes = check_axes(run_dir, config.resume, config.rewards)
-            check_data(run_dir, config.resume, config.checkpoint, files)
-            note_axes(run_dir, axes)
+            check_data(run_dir, config.resume, config.checkpoint, files, axes)
         if records:
             write_text(run_dir / "config.yaml", to_yaml(config))
     except OSError as error:
@@ -104,14 +103,19 @@ def keep_old(folder: Path) -> Path:
     return old
 
 
-def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str, Path]) -> None:
+def check_data(
+    run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str, Path], axes: Mapping[str, str] | None = None
+) -> None:
     """Note in `provenance.json` what is learned from, and versions; a resumed run must find its data unchanged.
+
+    All of it is one write: a run that is killed here leaves the old note or the whole new one.
 
     Args:
         run_dir: the run folder, made.
         resume: whether the run goes on.
         checkpoint: that it begins from; of a run folder, the last one.
         files: manifests by the key of the configuration that names them.
+        axes: the code of reward axes, which `check_axes` held against the note.
 
     Raises:
         InputError: one of them, or of the files that it names, has changed since the run began, or the note is damaged.
@@ -134,7 +138,8 @@ def check_data(run_dir: Path, resume: bool, checkpoint: str, files: Mapping[str,
                 f"resume: {changed} is not what it was when this run began: put the old one back, or start without "
                 f"resume=true (remove {path} to go on with what there is now)"
             )
-    write_text(path, json.dumps({"sha256": now, "versions": versions()}, indent=1) + "\n")
+    note = {"sha256": now, "versions": versions()} | ({AXES: dict(axes)} if axes else {})
+    write_text(path, json.dumps(note, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

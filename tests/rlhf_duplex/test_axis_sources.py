@@ -5,6 +5,8 @@ import json
 import pytest
 
 from envs.errors import InputError
+from envs.files import write_text
+from rlhf_duplex import run_folder
 from rlhf_duplex.ablate.plan import load_plan
 from rlhf_duplex.ablate.run import before_key, show_plan
 from rlhf_duplex.ablate.trial import check_same
@@ -59,9 +61,15 @@ def test_a_run_goes_on_with_the_code_that_it_began_with(tmp_path, mine):
     resumed = config_of(tmp_path, mine, resume=True)
     prepare_run_dir(resumed, files={})
     mine.write_text(CODE.replace("1.0", "2.0"))
-    with pytest.raises(InputError, match=r"the code of the reward axis 'length' \(.*length.py\) is not what it was"):
+    refused = (
+        r"the code of the reward axis 'length' \(.*length.py\) is not what it was.*take its entry out of `axes` in"
+    )
+    with pytest.raises(InputError, match=refused):
         prepare_run_dir(resumed, files={})
     assert json.loads(note.read_text()) == kept
+    note.write_text(json.dumps(kept | {"axes": {}}))  # as the message says
+    prepare_run_dir(resumed, files={})
+    assert json.loads(note.read_text())["axes"] != kept["axes"]
     note.write_text(json.dumps({key: kept[key] for key in ("sha256", "versions")}))  # as older versions left it
     prepare_run_dir(resumed, files={})
     assert json.loads(note.read_text())["axes"] != kept["axes"]
@@ -69,6 +77,21 @@ def test_a_run_goes_on_with_the_code_that_it_began_with(tmp_path, mine):
         note.write_text(damaged)
         with pytest.raises(InputError, match=r"provenance.json is damaged"):
             check_axes(tmp_path / "run", True, resumed.rewards)
+
+
+def test_a_run_that_is_killed_at_its_beginning_keeps_the_note_of_its_axes(tmp_path, mine, monkeypatch):
+    note = tmp_path / "run" / "provenance.json"
+    prepare_run_dir(config_of(tmp_path, mine), files={})
+    written = []
+
+    def noted(path, text):
+        if path == note:
+            written.append(json.loads(text))
+        write_text(path, text)
+
+    monkeypatch.setattr(run_folder, "write_text", noted)
+    prepare_run_dir(config_of(tmp_path, mine, resume=True), files={})
+    assert [found["axes"].keys() for found in written] == [{"length"}]  # wherever it ends, they are there
 
 
 def test_trials_of_other_code_are_not_mixed(tmp_path, mine):
