@@ -27,24 +27,30 @@ def complete_events(segments: list[Segment], detector: SpeechDetector) -> list[S
     Raises:
         InputError: the audio of such a segment cannot be read, or holds no user speech to read the event off.
     """
-    return [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector) for s in segments]
+    found = [s if EVENT_OF_AXIS[s.axis] in s.events else _complete(s, detector) for s in segments]
+    unheard = [segment for segment, complete in zip(segments, found, strict=True) if complete is None]
+    if unheard:  # all of them at once, so that a manifest is mended at once
+        raise no_user_speech(unheard, len(segments))
+    return [segment for segment in found if segment is not None]
 
 
-def no_user_speech(segment: Segment) -> InputError:
-    """What is wrong with a segment in which the detector hears no user."""
+def no_user_speech(unheard: list[Segment], of: int) -> InputError:
+    """What is wrong with segments in which the detector hears no user, which are some or all of a manifest's `of`."""
+    first = unheard[0]
     return InputError(
-        f"segment '{segment.id}' of {segment.recording} holds no user speech on channel {segment.user_channel}: "
-        "is `user_channel` right?"
+        f"segment '{first.id}' of {first.recording} holds no user speech on channel {first.user_channel}: "
+        f"is `user_channel` right? It is so in {len(unheard)} of {of} segments"
     )
 
 
-def _complete(segment: Segment, detector: SpeechDetector) -> Segment:
+def _complete(segment: Segment, detector: SpeechDetector) -> Segment | None:
+    """The segment with its event, or None where nobody speaks as the user."""
     episode = recorded_episode(segment, detector)
     shift = segment.start  # the episode of the recording starts at the segment's start
     # Speech detection to inter-pausal units to utterances, as in scoring: a detector splits at shorter silences.
     user, agent = (utterances(inter_pausal_units(side)) for side in (episode.user_speech, episode.agent_speech))
     if not user:
-        raise no_user_speech(segment)
+        return None
     found: object
     if segment.axis == "pause_handling":
         found = [[p.start + shift, p.end + shift] for u in user for p in u.pauses]

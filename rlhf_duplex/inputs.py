@@ -1,7 +1,7 @@
 """What a run works on: manifests, audio, reward axes and detector, checked before a model is loaded."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ NANO_DATA = Path(__file__).parent / "nano_data"
 SILENT_PEAK = 1e-3  # of full scale, -60 dB: no speech is that soft throughout
 _LOOK_SECONDS, _LOOK_RATE = 3.0, 16000  # of a segment, where it is loudest, that the detector hears first
 _TOGETHER = 256  # segments whose audio is in memory at once
+_NAMED = 3  # segments that a warning names
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Inputs:
     held_out_trained: int  # held-out segments of audio that is trained on
     reward_function: RewardFunction
     detector: SpeechDetector
+    notes: list[str] = field(default_factory=list)  # what is odd, though it can be used: for the terminal
 
     @property
     def held_out_is_training(self) -> bool:
@@ -57,11 +59,14 @@ def load_inputs(config: Config) -> Inputs:
     specs = {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
     reward_function = RewardFunction(specs)
     detector = make_detector(config.detector.name, **config.detector.options)
-    segments = load_segments(config.segments, "train", detector)
+    notes: list[str] = []
+    segments = load_segments(config.segments, "train", detector, notes, config.resume)
     evaluation = config.evaluation.segments
     if evaluation is None and config.segments == "nano":
         evaluation = "nano"
-    held_out = segments if evaluation is None else load_segments(evaluation, "heldout", detector)
+    held_out = segments
+    if evaluation is not None:
+        held_out = load_segments(evaluation, "heldout", detector, notes, config.resume)
     held_out = first_of_each(held_out, config.evaluation.limit)
     if config.env == "live" and config.live.user != "scripted":
         find_bundle(config.live.user)
@@ -73,7 +78,7 @@ def load_inputs(config: Config) -> Inputs:
     trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
     shared = len(held_out) if evaluation is None else trained_on(held_out, segment_stretches(trained))
-    return Inputs(segments, trained, held_out, shared, reward_function, detector)
+    return Inputs(segments, trained, held_out, shared, reward_function, detector, notes)
 
 
 def check_before(key: str, path: Path, config: Config, held_out: list[Segment]) -> None:
@@ -138,31 +143,57 @@ def manifest_path(name: str, part: str) -> Path:
     return NANO_DATA / part / "segments.jsonl" if name == "nano" else Path(name)
 
 
-def load_segments(name: str, part: str, detector: SpeechDetector) -> list[Segment]:
+def load_segments(
+    name: str, part: str, detector: SpeechDetector, notes: list[str] | None = None, resumed: bool = False
+) -> list[Segment]:
     """A manifest, or the `part` (`train`, `heldout`) of nano's, with its audio read once and its events completed.
+
+    Where the detector hears nobody in most segments, their `user_channel` is wrong. In a few it may miss whom another
+    detector, another threshold or a transcript found; that is only noted. So is either in a run that goes on: its
+    manifest must stay as it was.
+
+    Args:
+        name, part: which.
+        detector: of speech.
+        notes: what is odd about the segments, though they can be used, is added here.
+        resumed: whether a run goes on.
 
     Raises:
         InputError: the first thing that is wrong.
     """
     segments = read_manifest(manifest_path(name, part))
     if name != "nano":  # what ships with the package is as it was built
-        _check_audio(segments, detector)
+        unheard = _unheard(segments, detector)
+        if 2 * len(unheard) > len(segments) and not resumed:
+            raise no_user_speech(unheard, len(segments))
+        if unheard and notes is not None:
+            named = ", ".join(f"'{segment.id}'" for segment in unheard[:_NAMED])
+            more = ", ..." if len(unheard) > _NAMED else ""
+            notes.append(
+                f"{name}: the detector hears no user in {len(unheard)} of {len(segments)} segments ({named}{more}): "
+                "look at them, or leave them out of the next run"
+            )
     return complete_events(segments, detector)
 
 
-def _check_audio(segments: list[Segment], detector: SpeechDetector) -> None:
-    """Read what the header cannot tell: truncated files, NaN samples, a channel on which nobody speaks.
+def _unheard(segments: list[Segment], detector: SpeechDetector) -> list[Segment]:
+    """Those in which nobody speaks as the user. Reads what the header cannot tell: truncated files, NaN samples.
 
     Room noise is no speech, which the detector alone can tell. It hears the loudest seconds of each segment: nearly
     always they are enough, and decoding the segment takes twenty times as long.
+
+    Raises:
+        InputError: the audio of one cannot be read, or is silent.
     """
+    unheard = []
     with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
         for begin in range(0, len(segments), _TOGETHER):
             part = segments[begin : begin + _TOGETHER]
             found = detector.detect(list(pool.map(_loudest, part)), _LOOK_RATE)
             for segment, speech in zip(part, found, strict=True):
                 if not speech and not detector.detect([segment.user_audio(_LOOK_RATE)], _LOOK_RATE)[0]:
-                    raise no_user_speech(segment)
+                    unheard.append(segment)
+    return unheard
 
 
 def _loudest(segment: Segment) -> np.ndarray:

@@ -37,6 +37,8 @@ def _checked(command: Callable[[Config, Inputs, Console], Path], config: Config,
     console = console or make_console()
     with console.status("checking recordings and configuration"):
         inputs = load_inputs(config)
+    for note in inputs.notes:
+        console.print(note, soft_wrap=True, markup=False)
     with claimed(config.run_dir):
         return command(config, inputs, console)
 

@@ -64,7 +64,10 @@ def run_live(
     detector = make_detector(config.detector.name, **config.detector.options)
     if not isinstance(detector, SileroDetector):
         raise InputError("--suite live hears frame by frame, which only Silero can: set detector.name=silero")
-    segments = load_segments("nano" if data is None else str(data), "heldout", detector)
+    notes: list[str] = []
+    segments = load_segments("nano" if data is None else str(data), "heldout", detector, notes)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
     if not any(segment.axis == "turn_taking" for segment in segments):
         raise InputError(f"{data}: a live user needs recorded turns, found no segment of the axis turn_taking")
     if config.live.user != "scripted":

@@ -51,12 +51,13 @@ class Suite:
         self.segments: list[Segment] = []
         self.trained = 0  # how many of them pairs are of that are trained on
         self.recorded: list[Segment] = []  # whose agents' words are held to be words
+        self.notes: list[str] = []  # what is odd about them, though they can be used
         if config.evaluation.segments is not None:
             self.detector: SpeechDetector = make_detector(config.detector.name, **config.detector.options)
             self.reward_function = RewardFunction(
                 {name: RewardSpec.from_config(options) for name, options in config.rewards.items()}
             )
-            segments = load_segments(config.evaluation.segments, "heldout", self.detector)
+            segments = load_segments(config.evaluation.segments, "heldout", self.detector, self.notes, config.resume)
             self.segments = first_of_each(segments, config.evaluation.limit)
             self.reward_function.prepare(self.segments)
             self.recorded = list(self.segments)
@@ -261,6 +262,8 @@ def warmstart(config: WarmstartConfig, console: Console | None = None) -> Path:
         pairs = read_pairs(Path(config.pairs))
         train, held_out = split_pairs(pairs, config.evaluation.pairs, config.training.at_most)
         suite = Suite(config)
+    for note in suite.notes:
+        console.print(note, soft_wrap=True, markup=False)
     with claimed(config.run_dir) if main else nullcontext():
         return _warmstart(config, machine, train, held_out, suite, console)
 

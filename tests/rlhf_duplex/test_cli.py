@@ -264,6 +264,55 @@ def test_speech_is_found_beside_what_is_louder(tmp_path, spoken, silero):
         load_segments(str(path), "train", silero)
 
 
+def several(tmp_path, spoken, heard, unheard, **changes):
+    """A manifest of segments in which the user speaks, and of segments of noise."""
+    write(tmp_path, np.concatenate([talk(spoken), noise()]))
+    rows = []
+    for i in range(heard + unheard):
+        begin = 0.0 if i < heard else 3.0
+        at = {"start": begin, "end": begin + 3.0, "events": {"user_turn_end": begin + 1.0}}
+        rows.append(manifest(tmp_path, id=f"s{i}", **(at | changes)).read_text())
+    path = tmp_path / "segments.jsonl"
+    path.write_text("".join(rows))
+    return path
+
+
+def test_a_few_segments_without_a_user_are_noted_and_most_are_refused(tmp_path, spoken, silero):
+    notes = []
+    path = str(several(tmp_path, spoken, 4, 4))
+    assert len(load_segments(path, "train", silero, notes)) == 8
+    note = f"{path}: the detector hears no user in 4 of 8 segments ('s4', 's5', 's6', ...): look at them, or leave "
+    assert [n.startswith(note) for n in notes] == [True], notes
+    several(tmp_path, spoken, 1, 2)
+    refused = r"segment 's1' of .* no user speech on channel 1: is `user_channel` right\? It is so in 2 of 3 segments"
+    with pytest.raises(InputError, match=refused):
+        load_segments(path, "train", silero, notes)
+    notes = []
+    assert len(load_segments(path, "train", silero, notes, resumed=True)) == 3
+    assert "in 2 of 3 segments ('s1', 's2')" in notes[0]
+    several(tmp_path, spoken, 3, 2, events={})  # an event that cannot be read off, said of all at once
+    with pytest.raises(InputError, match=r"segment 's3' of .* It is so in 2 of 5 segments"):
+        load_segments(path, "train", silero)
+
+
+def test_a_run_notes_what_is_odd_before_a_model_is_loaded(tmp_path, spoken, capsys, monkeypatch):
+    def stop(*arguments):
+        raise InputError("here the model would be loaded")
+
+    path = several(tmp_path, spoken, 2, 1)
+    monkeypatch.setattr("rlhf_duplex.run.Trainer", stop)
+    assert main(["train", f"segments={path}", f"evaluation.segments={path}", f"run_dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("hears no user in 1 of 3 segments ('s2'): look at them") == 2
+    monkeypatch.setattr("rlhf_duplex.warmstart.run.check_machine", lambda config: None)
+    monkeypatch.setattr("rlhf_duplex.warmstart.run.read_pairs", lambda path: [])
+    monkeypatch.setattr("rlhf_duplex.warmstart.run.split_pairs", lambda *arguments: ([], []))
+    monkeypatch.setattr("rlhf_duplex.warmstart.run._warmstart", stop)
+    assert main(["warmstart", f"evaluation.segments={path}", f"run_dir={tmp_path / 'warm'}"]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("hears no user in 1 of 3 segments") == 1
+
+
 def test_a_mistake_leaves_an_older_run_where_it_is(tmp_path, capsys, spoken):
     run = tmp_path / "run"
     (run / "evaluation").mkdir(parents=True)
