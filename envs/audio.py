@@ -9,7 +9,7 @@ import soundfile
 from envs.errors import InputError
 from envs.files import replacing
 from envs.frames import samples_in
-from envs.mp3 import length_is_a_guess
+from envs.mp3 import seconds_too_long
 
 # Of the formats that libsndfile reads, the endings by which a folder is searched for recordings.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".sph", ".aiff", ".aif", ".au", ".w64", ".caf")
@@ -40,12 +40,13 @@ def audio_info(path: Path) -> tuple[int, int, float]:
         info = soundfile.info(str(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw file
         raise InputError(f"recording {path} cannot be read as audio ({error}): is it corrupt or empty?") from error
-    if info.format == "MP3" and length_is_a_guess(path):
+    too_long = seconds_too_long(path) if info.format == "MP3" else 0.0
+    if too_long is None:
         raise InputError(
             f"recording {path} is an mp3 that does not say how long it is (no Xing header): its length is a guess: "
             f"convert it to FLAC (ffmpeg -i {path.name} {path.stem}.flac)"
         )
-    return info.samplerate, info.channels, info.frames / info.samplerate
+    return info.samplerate, info.channels, info.frames / info.samplerate - too_long
 
 
 def check_length(path: Path, there: float, promised: float) -> None:

@@ -1,8 +1,9 @@
-"""Whether an mp3 says how long it is: its frames' headers, which libsndfile does not show.
+"""How long an mp3 is, where libsndfile is wrong about it: its frames' headers, which libsndfile does not show.
 
 A file of changing bitrate begins with a frame that holds no sound and tells how many follow (a tag "Xing", or "Info"
-where the bitrate is constant). Without it libsndfile takes the first frame's bitrate for that of all: the length is
-wrong, and so are the places that reading from the middle begins at. It takes an ID3 tag for sound, too.
+where the bitrate is constant). Without it libsndfile takes the first frame's bitrate for that of all. Where the bitrate
+changes, the length is a guess, and so are the places that reading from the middle begins at. Where it is constant, both
+are right, but for the ID3 tag in front, whose bytes are counted in the length as if they were sound.
 """
 
 from pathlib import Path
@@ -15,7 +16,6 @@ _KBPS = (  # by index, layer III: MPEG 1, and MPEG 2 and 2.5
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by the version's bits
 _PLACES, _PLACE_BYTES = 16, 16384  # of a file that are looked at: several frames each
 _FIRST_BYTES = 65536  # in which the first frame must lie
-_TAG_SECONDS = 0.1  # that an ID3 tag may make a file seem longer
 
 
 class _Frame(NamedTuple):
@@ -31,31 +31,30 @@ class _Frame(NamedTuple):
         return self.begins + self.size
 
 
-def length_is_a_guess(path: Path) -> bool:
-    """Whether it is an mp3 (layer III) that does not say how many frames it has, and whose size does not tell.
+def seconds_too_long(path: Path) -> float | None:
+    """Seconds that libsndfile counts too many of an mp3 (layer III), those of an ID3 tag; None where it only guesses.
 
-    Its size tells where the bitrate is constant and there is little beside the sound. Frames at a few places tell
+    It guesses where the bitrate changes and the file does not say how many frames it has. Frames at a few places tell
     whether the bitrate changes, so that no more than a megabyte is read.
     """
     with path.open("rb") as file:
-        begins = 0
+        begins = tag_bytes = 0
         while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
-            begins += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-            begins += 10 if tag[5] & 16 else 0  # a footer
+            tag_bytes = 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+            tag_bytes += 10 if tag[5] & 16 else 0  # a footer
+            begins += tag_bytes  # of several tags, libsndfile counts the last alone
             file.seek(begins)
         file.seek(begins)
         head = file.read(_FIRST_BYTES)
         frames = _frames(head)
         if not frames or _says_length(head[frames[0].begins : frames[0].ends]):
-            return False
+            return 0.0
         bitrates = {frame.kbps for frame in frames}
-        if 8 * begins > _TAG_SECONDS * 1000 * frames[0].kbps:
-            return True
         size = path.stat().st_size
         for place in range(1, _PLACES):
             file.seek(begins + (size - begins) * place // _PLACES)
             bitrates |= {f.kbps for f in _frames(file.read(_PLACE_BYTES)) if f.kind == frames[0].kind}
-    return len(bitrates) > 1
+    return 8 * tag_bytes / (1000 * frames[0].kbps) if len(bitrates) == 1 else None
 
 
 def _says_length(frame: bytes) -> bool:
