@@ -22,6 +22,8 @@ from envs import InputError, Word, read_manifest
 from rlhf_duplex.cli import main
 from rlhf_duplex.data.curate import curate, transcript_of
 from rlhf_duplex.data.curate_options import Criteria, CurateOptions, VoiceActivity
+from rlhf_duplex.data.detection import detection_path
+from rlhf_duplex.data.recordings import Recording, Side
 from rlhf_duplex.inputs import NANO_DATA
 
 ROOT = Path(__file__).parents[2]
@@ -351,3 +353,18 @@ def test_a_split_recording_is_played_by_the_environment(tmp_path, nano, silero, 
     run = ["train", f"segments={tmp_path / 'split.jsonl'}", f"run_dir={tmp_path / 'run'}", "context.lead_in=0.2"]
     assert main([*run, "trainer.updates=1", "trainer.groups=1", "trainer.group_size=2"]) == 0
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_what_was_detected_before_is_found_again(tmp_path):
+    """Cache names of earlier versions hold, but for mp3s, which those may have read wrongly."""
+    for name in ("a.wav", "a.MP3", "a.json"):
+        (tmp_path / name).write_bytes(b"as it was" * 99)
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+
+    def name_of(*files):
+        first, second = (Side(tmp_path / file, channel, "x") for channel, file in enumerate(files))
+        recording = Recording("talks/a", (first, second._replace(speaker="y")), (tmp_path / "a.json",), 2.5)
+        return detection_path(tmp_path, "stereo", recording, VoiceActivity()).name
+
+    assert name_of("a.wav", "a.wav") == "2d142dc748f85111f316265f8e1af5d42af519a1.json"
+    assert name_of("a.MP3", "a.MP3") != "9170218d3e22c423d3dc9c518bc9a11767f927f7.json"
