@@ -1,25 +1,45 @@
 """What of several runs can be held against each other, and what a page says of the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from envs.errors import InputError
-from rlhf_duplex.evaluation.metrics import other_options
 from rlhf_duplex.report.labels import axis_title
-from rlhf_duplex.report.runs import Comparison, Result, Run
+from rlhf_duplex.report.runs import Comparison, Result, mean_of
 
 
-def scored_otherwise(runs: Sequence[Run], others: Sequence[Run]) -> set[str]:
-    """The axes whose reward some of `runs` measured with other options than some of `others`."""
-    return {axis for run in runs for other in others for axis in other_options(run.after or {}, other.after or {})}
+def scored_otherwise(results: Iterable[Result], others: Iterable[Result]) -> set[str]:
+    """The axes whose reward some of `results` measured with other options than some of `others`.
+
+    A result that has no reward of an axis, or does not say what rewards were made of, says nothing of that axis: to
+    lack it is not to score it otherwise.
+    """
+    mine, theirs = _option_sets(results), _option_sets(others)
+    return {axis for axis in mine if any(a != b for a in mine[axis] for b in theirs.get(axis, []))}
 
 
 def mixed_rewards(comparison: Comparison) -> set[str]:
     """The axes whose reward the finished runs measured with different options: no two numbers on one scale."""
-    finished = comparison.finished
-    return scored_otherwise(finished[1:], finished[:1])
+    sets = _option_sets(run.after for run in comparison.finished)
+    return {axis for axis, found in sets.items() if len(found) > 1}
+
+
+def _option_sets(results: Iterable[Result]) -> dict[str, list[Any]]:
+    """By axis, the different options that results which have its reward measured it with."""
+    sets: dict[str, list[Any]] = {}
+    for result in results:
+        if result is None or result.get("rewards") is None:
+            continue
+        for axis in result["axes"]:
+            if mean_of(result, axis, "reward") is None:
+                continue
+            options, found = result["rewards"].get(axis), sets.setdefault(axis, [])
+            if options not in found:
+                found.append(options)
+    return sets
 
 
 def played_segments(result: Result) -> set[str]:

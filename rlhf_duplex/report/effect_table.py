@@ -27,12 +27,14 @@ def effect_rows(comparison: Comparison, metrics: Sequence[Metric]) -> list[dict[
     A cell has `missing`, why there is no test, or the effect in words.
     """
     base = {run.seed: run for run in comparison.of(comparison.baseline)}
+    baseline = [run.after for run in base.values()]
     names = [name for name in comparison.conditions if name != comparison.baseline and comparison.of(name)]
+    otherwise = {name: scored_otherwise([run.after for run in comparison.of(name)], baseline) for name in names}
     rows: list[dict[str, Any]] = [{"name": name, "cells": []} for name in names]
     for axis, metric in metrics:
         found: list[Effect | str] = []
         for name in names:
-            if metric == "reward" and axis in scored_otherwise(comparison.of(name), list(base.values())):
+            if metric == "reward" and axis in otherwise[name]:
                 found.append(SCORED_OTHERWISE)
                 continue
             runs = {run.seed: run.column(axis, metric) for run in comparison.of(name)}

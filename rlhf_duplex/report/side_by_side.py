@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from rlhf_duplex.evaluation.effects import crossed_effect, paired_table
-from rlhf_duplex.evaluation.metrics import other_options
+from rlhf_duplex.report.comparable import scored_otherwise
 from rlhf_duplex.report.effect_table import MIN_SEGMENTS, SCORED_OTHERWISE, TOO_FEW, Metric, effect_cell, metric_title
 from rlhf_duplex.report.labels import label, number
 from rlhf_duplex.report.runs import Comparison, Result, column_of, mean_of
@@ -34,7 +34,7 @@ def script_data(comparison: Comparison, metrics: Sequence[Metric]) -> Markup:
 def _pair(metric: Metric, left: Result, right: Result) -> list[str] | str:
     """Difference, both ends of its interval, p, segments and verdict, as words; or why there is none."""
     axis, name = metric
-    if name == "reward" and axis in other_options(left or {}, right or {}):
+    if name == "reward" and axis in scored_otherwise([left], [right]):
         return SCORED_OTHERWISE
     table = paired_table({0: column_of(right, *metric)}, {0: column_of(left, *metric)})
     effect = crossed_effect(table) if table.shape[1] >= MIN_SEGMENTS else None

@@ -1,5 +1,6 @@
 """The comparison page of runs that differ in more than their policy, and its numbers in a browser and on paper."""
 
+import itertools
 import json
 import re
 
@@ -9,8 +10,9 @@ from stored_trials import values, write_ablation, write_run
 from test_report import Page
 
 from envs.errors import InputError
+from rlhf_duplex.report.comparable import mixed_rewards
 from rlhf_duplex.report.comparison import build_comparison
-from rlhf_duplex.report.runs import read_ablation, read_runs
+from rlhf_duplex.report.runs import Comparison, Run, read_ablation, read_runs
 
 
 def rewritten(folder, change):
@@ -53,6 +55,42 @@ def test_rewards_scored_with_other_options_are_not_held_against_each_other(tmp_p
     assert page.count("<figcaption>speech_rate: reward") == 0
     assert "Dominated on all metrics" in text
     assert "<td>fast" not in page.split("Dominated in this trade-off by")[1].split("</table>")[0]
+
+
+def test_a_run_without_an_axis_leaves_the_others_comparable(tmp_path):
+    folders = []
+    for number, condition in enumerate(("one", "two", "without")):
+        folders.append(tmp_path / condition)
+        config = f"seed: 0\ntrainer: {{clip: 0.{number + 1}}}\n"
+        write_run(folders[-1], values(0.25, 1.0, 0), values(0.75, 1.5, 9), config, episodes=False)
+
+        def score(result, lacks=condition == "without"):
+            result["rewards"] = {"pause_handling": {"target": None}}
+            if lacks:
+                del result["axes"]["speech_rate"], result["segments"]["speech_rate"]
+            else:
+                result["rewards"]["speech_rate"] = {"target": None, "rate": 1.0}
+
+        rewritten(folders[-1], score)
+    for order in (folders, folders[::-1]):
+        page = build_comparison(read_runs(order), tmp_path / "page.html").read_text()
+        assert "Not all runs scored" not in page
+        assert "scored with other options" not in page
+        assert "speech_rate: reward" in [row["title"] for row in script_data(page)]
+        assert page.count("<figcaption>speech_rate: reward") > 0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((None, {"rate": 1}, {"rate": 2}))))
+def test_which_rewards_are_mixed_does_not_depend_on_the_order_of_runs(order):
+    def run(name, options):
+        result = {"axes": {"turn_taking": {"reward": {"mean": 0.0}}}}
+        result |= {} if options is None else {"rewards": {"turn_taking": options}}  # of a version that kept none
+        return Run(name, name, 0, None, after=result)
+
+    runs = tuple(run(f"r{place}", options) for place, options in enumerate(order))
+    assert mixed_rewards(Comparison("t", runs, {r.name: {} for r in runs}, "r0")) == {"turn_taking"}
+    alike = tuple(r for r, options in zip(runs, order, strict=True) if options != {"rate": 2})
+    assert mixed_rewards(Comparison("t", alike, {r.name: {} for r in alike}, alike[0].name)) == set()
 
 
 def test_runs_on_different_segments_are_held_against_each_other_on_those_they_share(tmp_path):
