@@ -179,21 +179,42 @@ def _x_label(x: float, y: float, text: str) -> Markup:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a plot, cut in the middle: the end of a condition's name is the value that it is about.
+    """Names that fit beside a plot, no two alike, cut in the middle: their end is the value that they are about.
 
-    Of those that would be cut to the same text, what they begin with in common is left out.
+    Of those that would be cut to the same text, what they begin with in common is left out, again until that is of no
+    use: what tells some of a grid apart makes them like others. Those have the number of their row in front.
     """
-    cut = [_cut(name) for name in names]
-    for text in {text for text in cut if cut.count(text) > 1}:
-        places = [place for place, other in enumerate(cut) if other == text]
-        letters = zip(*(names[place] for place in places), strict=False)
-        same = len(list(itertools.takewhile(lambda found: len(set(found)) == 1, letters)))
-        for place in places:
-            cut[place] = "\u2026" + _cut(names[place][same:], _NAME_CHARACTERS - 1)
-    return cut
+    left_out = [0] * len(names)
+    numbered: set[int] = set()
+    while True:  # ends: each round leaves out more of some names, or numbers some
+        cut = [
+            _cut(name, start=left_out[place]) if place not in numbered else _with_number(name, place + 1)
+            for place, name in enumerate(names)
+        ]
+        alike: dict[str, list[int]] = {}
+        for place, text in enumerate(cut):
+            alike.setdefault(text, []).append(place)
+        groups = [places for places in alike.values() if len(places) > 1]
+        if not groups:
+            return cut
+        for places in groups:
+            letters = zip(*(names[place] for place in places), strict=False)
+            same = len(list(itertools.takewhile(lambda found: len(set(found)) == 1, letters)))
+            if numbered.isdisjoint(places) and same > max(left_out[place] for place in places):
+                for place in places:
+                    left_out[place] = same
+            else:
+                numbered.update(places)
 
 
-def _cut(name: str, room: int = _NAME_CHARACTERS) -> str:
+def _with_number(name: str, number: int) -> str:
+    front = f"{number}: "
+    return front + _cut(name, _NAME_CHARACTERS - len(front))
+
+
+def _cut(name: str, room: int = _NAME_CHARACTERS, start: int = 0) -> str:
+    if start:
+        return "\u2026" + _cut(name[start:], room - 1)
     first = room // 3
     return name if len(name) <= room else f"{name[:first]}\u2026{name[first + 1 - room :]}"
 

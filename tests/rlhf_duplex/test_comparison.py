@@ -1,5 +1,6 @@
 """The page that holds runs against each other, from stored results with hostile words in them."""
 
+import itertools
 import json
 import re
 
@@ -8,6 +9,7 @@ from stored_trials import values, write_ablation, write_run
 from test_report import HOSTILE, Page
 
 from envs.errors import InputError
+from rlhf_duplex.ablate.plan import describe
 from rlhf_duplex.ablate.table import trial_rows
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.statistics import Estimate
@@ -205,6 +207,32 @@ def test_names_of_conditions_keep_what_tells_them_apart():
     drawing = str(condition_plot("t", [row], "x", "c"))
     assert "<title>turn_taking.prompt_seconds 2</title>" in drawing  # the whole name
     assert "seconds 2</text>" in drawing
+
+
+WEIGHTS = ("rewards.pause_handling.weight", "rewards.turn_taking.weight", "rewards.user_interruption.weight")
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        dict.fromkeys(WEIGHTS, (0.0, 1.0)),
+        dict.fromkeys(WEIGHTS, (0.0, 0.5, 1.0)),
+        {BETA: (0.01, 0.1), "optimiser.lr": (1e-5, 1e-4), "trainer.group_size": (4, 8)},
+    ],
+)
+def test_no_two_conditions_of_a_grid_are_named_alike(grid):
+    names = ["full", *(describe(dict(zip(grid, row, strict=True))) for row in itertools.product(*grid.values()))]
+    labels = short_names(names)
+    assert len(set(labels)) == len(names)
+    assert all(len(text) <= 21 for text in labels)
+    assert labels[0] == "full"
+    for row, (name, text) in enumerate(zip(names, labels, strict=True), start=1):
+        assert text[-4:] == name[-4:]  # the last value
+        assert ": " not in text or text.startswith(f"{row}: ")
+
+
+def test_names_that_nothing_but_their_row_tells_apart():
+    assert short_names(["a", "a", "2: a", "b"]) == ["1: a", "2: a", "3: 2: a", "b"]
 
 
 def test_runs_on_the_front_are_drawn_above_the_others():
