@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from rlhf_duplex.evaluation.statistics import Estimate
 
@@ -40,24 +40,22 @@ def paired_table(condition: Mapping[int, Column], baseline: Mapping[int, Column]
         condition, baseline: by seed, the value of each segment.
     """
     seeds = [seed for seed in condition if seed in baseline]
-    if not seeds and condition and baseline:
-        means = [_over_seeds(columns) for columns in (condition, baseline)]
-        shared = _shared(means)
-        return np.array([[means[0][s] - means[1][s] for s in shared]]).reshape(1, len(shared))
-    columns = [column for seed in seeds for column in (condition[seed], baseline[seed])]
-    shared = _shared(columns)
-    rows = [[condition[seed][s] - baseline[seed][s] for s in shared] for seed in seeds]
-    return np.array(rows, dtype=float).reshape(len(seeds), len(shared))
+    kept = (seeds, seeds) if seeds or not (condition and baseline) else (list(condition), list(baseline))
+    columns = [side[seed] for side, chosen in zip((condition, baseline), kept, strict=True) for seed in chosen]
+    table = aligned(columns)
+    table = table[:, np.isfinite(table).all(axis=0)]
+    mine, theirs = table[: len(kept[0])], table[len(kept[0]) :]
+    return mine - theirs if kept[0] is seeds else (mine.mean(axis=0) - theirs.mean(axis=0))[None]
 
 
-def _over_seeds(columns: Mapping[int, Column]) -> dict[str, float]:
-    found = list(columns.values())
-    return {segment: float(np.mean([column[segment] for column in found])) for segment in _shared(found)}
-
-
-def _shared(columns: Sequence[Column]) -> list[str]:
-    """The segments for which all columns have a number."""
-    return [s for s in columns[0] if all(np.isfinite(c.get(s, np.nan)) for c in columns)] if columns else []
+def aligned(columns: Sequence[Column]) -> np.ndarray:
+    """Columns as rows `(columns, segments)` over every segment that any of them has, NaN where one has no number."""
+    places = {segment: place for place, segment in enumerate(dict.fromkeys(s for column in columns for s in column))}
+    table = np.full((len(columns), len(places)), np.nan)
+    for row, column in zip(table, columns, strict=True):
+        row[[places[segment] for segment in column]] = np.array(list(column.values()), dtype=float)
+    table[~np.isfinite(table)] = np.nan
+    return table
 
 
 def crossed_effect(differences: np.ndarray) -> Effect | None:
@@ -94,8 +92,9 @@ def crossed_effect(differences: np.ndarray) -> Effect | None:
         p = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - (segments if segments > 1 else seeds))
         return Effect(mean, mean, mean, p, seeds, segments, agreeing)
     error = variance**0.5
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    # What `stats.t.ppf` and `.sf` call, at a tenth of their time: a page tests thousands of pairs.
+    half = float(special.stdtrit(freedom, 0.975)) * error
+    p = float(2 * special.stdtr(freedom, -abs(mean) / error))
     return Effect(mean, mean - half, mean + half, p, seeds, segments, agreeing)
 
 

@@ -25,7 +25,7 @@ from rlhf_duplex.report.effect_table import Metric, effect_rows, metric_title
 from rlhf_duplex.report.labels import axis_title, interval, label, number
 from rlhf_duplex.report.plots import Point, Row, condition_plot, front_plot, weight_plot
 from rlhf_duplex.report.runs import Comparison
-from rlhf_duplex.report.side_by_side import script_data
+from rlhf_duplex.report.side_by_side import script_data, untested
 
 # What arXiv 2606.11167's tables have, as far as it is measured here; backchannels' F1, and whether the words hold.
 USUAL: tuple[Metric, ...] = (
@@ -76,6 +76,7 @@ def build_comparison(comparison: Comparison, path: Path) -> Path:
         dominated=_dominated(comparison, comparable),
         cards=cards,
         data=script_data(comparison, comparable),
+        untested=untested(comparison),
         unfinished=[run for run in comparison.runs if run.after is None],
         skipped=comparison.skipped,
     )

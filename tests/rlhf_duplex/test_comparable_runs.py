@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, PAPER, PRINTED, visit
@@ -10,9 +11,12 @@ from stored_trials import values, write_ablation, write_run
 from test_report import Page
 
 from envs.errors import InputError
+from rlhf_duplex.report import side_by_side
 from rlhf_duplex.report.comparable import mixed_rewards
 from rlhf_duplex.report.comparison import build_comparison
 from rlhf_duplex.report.runs import Comparison, Run, read_ablation, read_runs
+from rlhf_duplex.report.side_by_side import ALL_PAIRS_RUNS, chosen_pairs, untested
+from rlhf_duplex.report.side_by_side import script_data as script_data_of
 
 
 def rewritten(folder, change):
@@ -202,3 +206,44 @@ def test_conditions_without_a_common_seed_are_told(tmp_path):
     assert text.count("no seed in common: their spread is not in p") == 3
     assert "1 of 1 seeds" not in text
     assert "and, where they have seeds in common, with the same seeds" in text
+
+
+def many_runs(conditions, before=None):
+    """A finished run of each condition, of one metric over six segments."""
+    runs = []
+    for number, condition in enumerate(conditions):
+        column = {f"t{i}": 0.1 * i + 0.01 * number * (i % 3) for i in range(6)}
+        after = {"axes": {"turn_taking": {"latency": {"mean": 0.3}}}, "segments": {"turn_taking": {"latency": column}}}
+        runs.append(Run(f"r{number}", condition, number, Path("none"), after=after, before=before and after))
+    return Comparison("t", tuple(runs), {condition: {} for condition in conditions}, "full")
+
+
+def test_of_many_runs_each_is_held_against_the_baseline_alone():
+    conditions = ["other", "full", "full", *(f"c{i}" for i in range(ALL_PAIRS_RUNS - 2))]
+    (row,) = json.loads(script_data_of(many_runs(conditions, before=True), [("turn_taking", "latency")]))
+    runs = len(conditions)
+    pairs = {(int(i), int(j)) for i, found in row["pairs"].items() for j in found}
+    assert pairs == {(i, j) for i in range(runs + 1) for j in range(i + 1, runs + 1) if {i, j} & {1, 2, runs}}
+    assert untested(many_runs(conditions, before=True)) == "tested only against full or before training"
+    assert untested(many_runs(conditions)) == "tested only against full"
+    (row,) = json.loads(script_data_of(many_runs(conditions[:-1]), [("turn_taking", "latency")]))
+    assert sum(map(len, row["pairs"].values())) == ALL_PAIRS_RUNS * (ALL_PAIRS_RUNS - 1) / 2
+    assert untested(many_runs(conditions[:-1])) == ""
+
+
+def test_what_is_tested_grows_with_the_runs_though_all_are_of_the_baseline():
+    counts = [len(chosen_pairs(many_runs(["full"] * runs), runs)) for runs in (100, 200, 300)]
+    assert counts[1] - counts[0] == counts[2] - counts[1]
+    assert untested(many_runs(["full"] * 100)) == "tested only against full's first 10 runs"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_page_of_many_runs_says_which_two_are_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "ALL_PAIRS_RUNS", 2)
+    path = build_comparison(many_runs(["full", "one", "two"]), tmp_path / "page.html")
+    seen = visit(path, SIDE_BY_SIDE.replace("choose(1, 0)", "choose(2, 1)"))
+    assert seen["errors"] == []
+    assert seen["value"]["forth"][0][3].endswith(" s")
+    assert seen["value"]["back"][0][3] == "tested only against full"
+    assert seen["value"]["same"][0][3] == "the same run"
+    assert "Of so many runs, each is tested only against full." in page_text(path.read_text())
