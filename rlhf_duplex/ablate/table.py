@@ -10,7 +10,7 @@ from envs.errors import InputError
 from envs.files import replacing
 from rlhf_duplex.ablate.plan import Plan, condition_values
 from rlhf_duplex.ablate.trial import Record, read_record
-from rlhf_duplex.evaluation.metrics import change, read_results
+from rlhf_duplex.evaluation.metrics import change_interval, read_results
 
 FIRST = ["trial", "condition", "seed", "axis", "metric", "before", "after", "low", "high", "n"]
 FIRST += ["difference", "difference_low", "difference_high"]
@@ -31,7 +31,7 @@ def trial_rows(name: str, condition: str, seed: int, overrides: Mapping[str, Any
     rows = []
     for axis, metrics in after["axes"].items():
         for metric, estimate in metrics.items():
-            difference = change(before, after, axis, metric)
+            difference = change_interval(before, after, axis, metric)
             rows.append(
                 {
                     "trial": name,

@@ -37,6 +37,7 @@ from rlhf_duplex.evaluation.statistics import (
     bootstrap_interval,
     can_tell,
     paired_difference,
+    paired_interval,
     segment_means,
 )
 from rlhf_duplex.evaluation.words import spoken_vocabulary, word_metrics
@@ -262,8 +263,18 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metri
     """
     if metric == "reward" and axis in other_options(before, after):
         return None
-    tables = [result.get("segments", {}).get(axis, {}).get(metric, {}) for result in (before, after)]
-    return paired_difference(*tables)
+    return paired_difference(*_columns(before, after, axis, metric))
+
+
+def change_interval(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> Estimate | None:
+    """As `change`, without the test, which takes most of its time: for tables that hold no p."""
+    if metric == "reward" and axis in other_options(before, after):
+        return None
+    return paired_interval(*_columns(before, after, axis, metric))
+
+
+def _columns(before: Mapping[str, Any], after: Mapping[str, Any], axis: str, metric: str) -> list[Mapping[str, float]]:
+    return [result.get("segments", {}).get(axis, {}).get(metric, {}) for result in (before, after)]
 
 
 def other_options(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -77,6 +77,12 @@ def paired_difference(before: Mapping[str, float], after: Mapping[str, float]) -
     return difference_of(differences) if len(differences) else None
 
 
+def paired_interval(before: Mapping[str, float], after: Mapping[str, float]) -> Estimate | None:
+    """The mean and interval of `paired_difference` without its test, which takes most of the time."""
+    differences = _differences(before, after)
+    return bootstrap_interval(differences.tolist()) if len(differences) else None
+
+
 def difference_of(differences: Sequence[float] | np.ndarray) -> Difference:
     """The mean of paired differences, one a segment, at least one."""
     table = np.asarray(differences, dtype=float)

@@ -12,6 +12,8 @@ from envs.errors import InputError
 from rlhf_duplex.ablate.plan import describe
 from rlhf_duplex.ablate.table import trial_rows
 from rlhf_duplex.cli import main
+from rlhf_duplex.evaluation import statistics
+from rlhf_duplex.evaluation.metrics import change, read_results
 from rlhf_duplex.evaluation.statistics import Estimate
 from rlhf_duplex.report.comparison import build_comparison, shown_metrics, varied_numbers
 from rlhf_duplex.report.effect_table import effect_rows
@@ -335,7 +337,7 @@ def test_two_conditions_need_smaller_p_values_than_one():
         assert [row["cells"][0]["verdict"] for row in rows] == [verdict] * len(names)
 
 
-def test_a_row_holds_what_its_columns_say(tmp_path):
+def test_a_row_holds_what_its_columns_say(tmp_path, monkeypatch):
     # Takeovers of 6 of 8 segments before, 2 of 8 after.
     run = write_run(tmp_path / "run", values(0.25, 0.5, 0), values(0.75, 1.5, 1), episodes=False)
     rows = trial_rows("t", "c", 3, {"trainer.clip": 0.1, "train_axes": ["a"]}, run / "evaluation")
@@ -345,3 +347,19 @@ def test_a_row_holds_what_its_columns_say(tmp_path):
     assert row["difference"] == pytest.approx(-0.5)
     assert row["difference_low"] < -0.5 < row["difference_high"] <= 0
     assert (row["trainer.clip"], row["train_axes"]) == (0.1, "['a']")
+    # The interval is that of the run's own report, whose test, which takes most of the time, no column shows.
+    before, after = (read_results(run / "evaluation" / f"{stage}.json") for stage in ("before", "after"))
+    told = change(before, after, "pause_handling", "takeover_rate")
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == told[:3]
+    monkeypatch.setattr(statistics, "_permutation_p", None)
+    assert trial_rows("t", "c", 3, {"trainer.clip": 0.1, "train_axes": ["a"]}, run / "evaluation") == rows
+
+
+def test_a_row_has_no_difference_of_a_reward_scored_otherwise(tmp_path):
+    run = write_run(tmp_path / "run", values(0.25, 0.5, 0), values(0.75, 1.5, 1), episodes=False)
+    for stage, rate in (("before", 1.0), ("after", 2.0)):
+        path = run / "evaluation" / f"{stage}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"rewards": {"speech_rate": {"rate": rate}}}))
+    rows = trial_rows("t", "c", 0, {}, run / "evaluation")
+    missing = [row["axis"] for row in rows if row["difference"] is None]
+    assert missing == ["speech_rate"]
