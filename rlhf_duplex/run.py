@@ -71,6 +71,8 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
             check_before("resume", measured, config, inputs.held_out)
 
     run_dir = prepare_run_dir(config, check, files)
+    if inputs.held_out_trained and config.evaluation.segments is not None:
+        console.print(overlap_line(inputs.held_out_trained, len(inputs.held_out)), soft_wrap=True)
     with forgetting_failed(run_dir), running(config, inputs, run_dir, console) as trainer:
         try:
             before, after = _evaluated(trainer)
@@ -87,8 +89,6 @@ def _train(config: Config, inputs: Inputs, console: Console) -> Path:
     console.print(format_table(before, after))
     if inputs.held_out_is_training:
         console.print("measured on the training segments: give evaluation.segments for held-out ones")
-    elif inputs.held_out_trained:
-        console.print(overlap_line(inputs.held_out_trained, len(inputs.held_out)), soft_wrap=True)
     console.print(f"wrote {report} and {last_checkpoint(run_dir) or run_dir}", soft_wrap=True)
     return run_dir
 

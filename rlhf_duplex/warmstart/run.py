@@ -288,6 +288,8 @@ def _warmstart(
     bundle = load_bundle(config.checkpoint, device, dtype)
     read_pairs(Path(config.pairs), stream_format(bundle))
     suite.trained = trained_on(suite.segments, pair_stretches(train, bundle.codec.frame_rate))
+    if suite.trained:
+        console.print(overlap_line(suite.trained, len(suite.segments)), soft_wrap=True)
     before_path = run_dir / "evaluation" / "before.json"
     resumed = last_checkpoint(run_dir) if config.resume else None
     before: dict[str, Any] | None = None
@@ -324,8 +326,6 @@ def _warmstart(
     report = build_report(run_dir)
     if before is not None and after is not None:
         console.print(format_table(before, after))
-    if suite.trained:
-        console.print(overlap_line(suite.trained, len(suite.segments)), soft_wrap=True)
     console.print(
         f"wrote {report} and {last_checkpoint(run_dir)}; train from it with checkpoint={run_dir}", soft_wrap=True
     )
