@@ -25,7 +25,7 @@ from rlhf_duplex.data.corpora.layout import Transcript
 from rlhf_duplex.data.criteria import find_candidates, speaker_utterances
 from rlhf_duplex.data.curate_options import CurateOptions
 from rlhf_duplex.data.detection import Detection, detect
-from rlhf_duplex.data.recordings import Problem, Recording
+from rlhf_duplex.data.recordings import Problem, Recording, Unread
 from rlhf_duplex.data.selection import Found, held_out_recordings, spread
 from rlhf_duplex.data.summary import Summary, print_summary
 from rlhf_duplex.options import check_options, flag
@@ -54,8 +54,9 @@ def curate(corpus: Path, out: Path, options: CurateOptions, console: Console | N
     work = _prepare(out, bool(options.heldout))
     with console.status(Text(f"looking through {corpus}")):
         layout, recordings, problems = find_corpus(corpus, options.format)
-    if options.strict and problems:
-        raise InputError(f"{problems[0].recording}: {problems[0].message}")
+    wrong = [problem for problem in problems if not isinstance(problem, Unread)]
+    if options.strict and wrong:
+        raise InputError(f"{wrong[0].recording}: {wrong[0].message}")
     summary = Summary(layout, problems=problems)
     detections = detect_all(layout, recordings, options, work, summary, console)
     found = _candidates(recordings, detections, options, summary)

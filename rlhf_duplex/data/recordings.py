@@ -55,6 +55,10 @@ class Problem(NamedTuple):
     message: str
 
 
+class Unread(Problem):
+    """A file of a format that is not read: often a video beside a corpus' recordings, so that it is only mentioned."""
+
+
 def check_recording(recording: Recording, tolerance: float) -> float:
     """Seconds of a recording whose headers are as they should be.
 

@@ -254,6 +254,12 @@ def test_formats_that_are_not_read_are_named(tmp_path, spoken):
         ("sub/y", "libsndfile does not read .MP4: ffmpeg -i y.MP4 y.flac"),
         ("x", "libsndfile does not read .m4a: ffmpeg -i x.m4a x.flac"),
     ]  # and not of `whole`, which was converted
+    write_bytes(tmp_path / "c" / "video" / "whole.mp4")
+    summary, _ = curated(tmp_path / "c", strict=True)  # to which they are nothing wrong
+    assert [problem.recording for problem in summary.problems] == ["sub/y", "x"]
+    write(tmp_path / "c" / "mono.wav", spoken.audio[:, 0], spoken.rate)
+    refused(tmp_path / "c", "mono: .*has 1 channel")
+    (tmp_path / "c" / "mono.wav").unlink()
     (tmp_path / "c" / "whole.wav").unlink()
     with pytest.raises(InputError, match=r"the first thing that is wrong: sub/y: libsndfile does not read .MP4"):
         find_corpus(tmp_path / "c")

@@ -12,7 +12,7 @@ from envs.episode import Word
 from envs.errors import InputError
 from envs.speech import Interval
 from rlhf_duplex.data.conversation import without_overlap
-from rlhf_duplex.data.recordings import Problem, Recording, Side
+from rlhf_duplex.data.recordings import Problem, Recording, Side, Unread
 
 Transcript = tuple[list[Word], list[Word]]
 
@@ -60,13 +60,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error})") from error
 
 
-def unread(files: Iterable[Path], root: Path) -> Iterator[Problem]:
-    """The files that would be recordings if libsndfile read them; not those beside which lies what they became."""
+def unread(files: Iterable[Path], root: Path) -> Iterator[Unread]:
+    """The files that would be recordings if libsndfile read them; not those of which there is a recording.
+
+    It has the same name, in whatever folder of the corpus: videos often lie apart from their sound.
+    """
     files = list(files)
-    converted = {file.with_suffix("") for file in files if file.suffix.lower() in AUDIO_SUFFIXES}
+    converted = {file.stem for file in files if file.suffix.lower() in AUDIO_SUFFIXES}
     for file in files:
-        if file.suffix.lower() in UNREAD_SUFFIXES and file.with_suffix("") not in converted:
-            yield Problem(identity_of(file, root), conversion(file))
+        if file.suffix.lower() in UNREAD_SUFFIXES and file.stem not in converted:
+            yield Unread(identity_of(file, root), conversion(file))
 
 
 def times_of(start: Any, end: Any, where: str) -> tuple[float, float]:
