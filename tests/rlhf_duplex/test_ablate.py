@@ -22,6 +22,7 @@ from rlhf_duplex.ablate.run import ablate, show_plan
 from rlhf_duplex.ablate.trial import Record, read_record, write_record
 from rlhf_duplex.cli import main
 from rlhf_duplex.config_files import to_yaml
+from rlhf_duplex.evaluation.metrics import read_results
 from rlhf_duplex.run_folder import claimed, make_console
 
 pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
@@ -331,9 +332,9 @@ def test_optuna_goes_on_from_the_points_that_it_has(tmp_path, one_of_each, begin
     # The base and a point are there, as an earlier call leaves them: the point that Optuna begins with (seed 0).
     point = {"number": 0, "overrides": {"rewards.trouble.value": 0.5488}}
     write_text(tmp_path / "run" / "points" / "5d2f.json", json.dumps(point))
-    earlier = load_plan(path)
+    earlier, played = load_plan(path), read_results(begin)["segments"]["trouble"]["reward"]
     for trial, value in zip(earlier.trials, (0.0, 0.5488), strict=True):
-        result = {"trouble": {"reward": {"t0": value}}}
+        result = {"trouble": {"reward": dict.fromkeys(played, value)}}
         write_run(Path(trial.config.run_dir), result, result, to_yaml(trial.config), episodes=False)
     assert main(["ablate", str(path)]) == 0
     plan = load_plan(path)

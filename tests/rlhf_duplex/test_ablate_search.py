@@ -15,6 +15,7 @@ from rlhf_duplex.ablate.search import point_name
 from rlhf_duplex.ablate.trial import read_record
 from rlhf_duplex.cli import main
 from rlhf_duplex.config_files import to_yaml
+from rlhf_duplex.evaluation.metrics import read_results
 
 __all__ = ["begin"]
 pytestmark = pytest.mark.timeout(1800)  # real trainings, on a machine that may be busy
@@ -23,10 +24,10 @@ SEARCH = (
 )
 
 
-def finished_base(path: Path) -> None:
-    """The base's own trial, as an earlier call leaves it."""
+def finished_base(path: Path, begin: Path) -> None:
+    """The base's own trial, as an earlier call leaves it, on the segments of `begin`."""
     (trial,) = load_plan(path).trials
-    result = {"trouble": {"reward": {"t0": 0.0}}}
+    result = {"trouble": {"reward": dict.fromkeys(read_results(begin)["segments"]["trouble"]["reward"], 0.0)}}
     write_run(Path(trial.config.run_dir), result, result, to_yaml(trial.config), episodes=False)
 
 
@@ -40,19 +41,19 @@ def test_points_find_what_lies_beside_the_command(tmp_path, one_of_each, begin, 
     path.write_text(
         "base: base.yaml\nrun_dir: run\nseeds: [3]\noverrides: {evaluation.before: before.json}\nworkers: 2\n" + SEARCH
     )
-    finished_base(path)
+    finished_base(path, begin)
     assert main(["ablate", "ablation.yaml"]) == 0
     states = pd.read_csv("run/trials.csv", keep_default_na=False)
     assert states["status"].tolist() == ["done"] * 3
     assert set(pd.read_csv("run/table.csv")["trial"]) == set(states["trial"])
 
 
-def test_a_point_that_ray_loses_is_a_failure_with_its_reason(tmp_path, one_of_each, monkeypatch, capsys):
+def test_a_point_that_ray_loses_is_a_failure_with_its_reason(tmp_path, one_of_each, begin, monkeypatch, capsys):
     pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
     base = write_base(tmp_path, one_of_each)
     path = tmp_path / "ablation.yaml"
     path.write_text(f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nworkers: 1\n" + SEARCH)
-    finished_base(path)
+    finished_base(path, begin)
     points = [{"rewards.trouble.value": 0.25}, {"rewards.trouble.value": 0.75}]
 
     def run_search(search, root, known, make_jobs, workers, config, stopping, ended):
