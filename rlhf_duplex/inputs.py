@@ -78,8 +78,6 @@ def load_inputs(config: Config) -> Inputs:
     trained = [segment for segment in segments if not config.train_axes or segment.axis in config.train_axes]
     reward_function.prepare([*segments, *held_out])
     shared = len(held_out) if evaluation is None else trained_on(held_out, segment_stretches(trained))
-    if config.env == "live":  # the dialogues come to be in training, none is a recorded one
-        shared = 0
     return Inputs(segments, trained, held_out, shared, reward_function, detector, notes)
 
 
