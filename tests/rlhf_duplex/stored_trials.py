@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from test_report import AGENT, HOSTILE, make_episode, score
+from report_runs import AGENT, HOSTILE, make_episode, score
 
 from rlhf_duplex.ablate.trial import Record, write_record
 from rlhf_duplex.evaluation.metrics import write_results

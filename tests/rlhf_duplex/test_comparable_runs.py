@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, PAPER, PRINTED, visit
+from report_runs import Page
 from stored_trials import values, write_ablation, write_run
-from test_report import Page
 
 from envs.errors import InputError
 from rlhf_duplex.report import side_by_side
@@ -144,8 +144,8 @@ SIDE_BY_SIDE = """(() => {
 })()"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
+    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
     # Values whose two roundings differ (12.5 %, 0.5449 s), and differences of p = 0.078: their mean is 2.06 standard
     # errors from 0, more than 1.96 and less than Student's 2.36 for 8 segments.
     taken = {"one": 1, "two": 3}
@@ -186,8 +186,8 @@ def test_two_runs_differ_as_in_the_table_of_effects(tmp_path):
     assert {row[3] for row in same} == {"the same run"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_printed_page_has_all_columns(tmp_path):
+    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
     wide = write_ablation(tmp_path / "run", {name: ({}, 0.25, 0.5) for name in ("full", "a" * 40)}, seeds=(0, 1))
     plan = json.loads((wide / "ablation.json").read_text())
     names = ["pause_handling.takeover_rate", "turn_taking.latency", "speech_rate.reward", "pause_handling.reward"]
@@ -237,8 +237,8 @@ def test_what_is_tested_grows_with_the_runs_though_all_are_of_the_baseline():
     assert untested(many_runs(["full"] * 100)) == "tested only against full's first 10 runs"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_page_of_many_runs_says_which_two_are_tested(tmp_path, monkeypatch):
+    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
     monkeypatch.setattr(side_by_side, "ALL_PAIRS_RUNS", 2)
     path = build_comparison(many_runs(["full", "one", "two"]), tmp_path / "page.html")
     seen = visit(path, SIDE_BY_SIDE.replace("choose(1, 0)", "choose(2, 1)"))

@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
+from report_runs import HOSTILE, Page
 from stored_trials import values, write_ablation, write_run
-from test_report import HOSTILE, Page
 
 from envs.errors import InputError
 from rlhf_duplex.ablate.plan import describe

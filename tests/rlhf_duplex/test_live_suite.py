@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_report import make_episode
+from report_runs import make_episode
 
 from rlhf_duplex.cli import main
 from rlhf_duplex.evaluation.live import live_values

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from browser import CHROMIUM, INSPECTION, visit
+from report_runs import AGENT, HOSTILE, Page, make_episode
 from rich.console import Console
-from test_report import AGENT, HOSTILE, Page, make_episode
 
 from rlhf_duplex.evaluation.cases import Case, load_cases, save_cases, worst_first
 from rlhf_duplex.evaluation.comparison import as_table, compare
