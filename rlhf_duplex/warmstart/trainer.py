@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from envs.errors import InputError
@@ -29,12 +29,12 @@ from rlhf_duplex.optimiser_state import load_optimiser_state, optimiser_state
 from rlhf_duplex.policy.bundle import Bundle
 from rlhf_duplex.policy.lora import LORA_NAME, adapter_weights, lora_off, merge_weights, part_of
 from rlhf_duplex.policy.prompt import make_prompt
+from rlhf_duplex.warmstart.arguments import trl_arguments
 from rlhf_duplex.warmstart.config import WarmstartConfig, accumulation_steps, set_trained, trained_parts
 from rlhf_duplex.warmstart.data import PairCollator
 from rlhf_duplex.warmstart.model import PairModel, make_objective, stream_ids
 
 _OPTIMISER_NAME, _SCHEDULER_NAME = "optimiser.safetensors", "scheduler.json"
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class PairDataset(Dataset):
@@ -94,7 +94,7 @@ class PreferenceTrainer(DPOTrainer):
         self.rates = trained_parts(config)
         set_trained(bundle.lm, config)
         ids = stream_ids(bundle.lm, config.loss.streams)
-        args = _arguments(config, run_dir)
+        args = trl_arguments(config, run_dir)
         args._n_gpu = min(1, args.n_gpu)  # one device a process: nn.DataParallel would part chosen from rejected
         args.gradient_accumulation_steps = accumulation_steps(config, args.world_size)
         Trainer.__init__(
@@ -376,36 +376,3 @@ class PreferenceTrainer(DPOTrainer):
 
 def _lm_name(name: str) -> str:
     return name.removeprefix("module.").removeprefix("lm.")
-
-
-def _arguments(config: WarmstartConfig, run_dir: Path) -> DPOConfig:
-    training, optimiser = config.training, config.optimiser
-    sharded = {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {"transformer_layer_cls_to_wrap": ["StreamingTransformerLayer"], "use_orig_params": True},
-    }
-    return DPOConfig(
-        output_dir=str(run_dir),
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=config.device == "cpu",
-        bf16=training.autocast == "bfloat16",
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.microbatch,
-        per_device_eval_batch_size=training.microbatch,
-        gradient_checkpointing=training.gradient_checkpointing,
-        lr_scheduler_type=_SCHEDULES[optimiser.schedule],
-        warmup_steps=optimiser.warmup_steps,
-        max_grad_norm=optimiser.clip_norm,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="steps",
-        save_steps=config.checkpointing.every,
-        remove_unused_columns=False,
-        dataloader_pin_memory=config.device != "cpu",
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to="none",
-        **(sharded if training.fsdp else {}),
-    )
