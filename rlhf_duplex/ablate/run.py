@@ -226,7 +226,8 @@ def _search(plan: Plan, log: _Log, stop: Callable[[], bool]) -> None:
 
     def ended(overrides: Mapping[str, Any], lost: str) -> None:
         log.ended += len(plan.seeds)
-        why = _record_lost(plan, Condition(describe(overrides), dict(overrides)), lost)
+        # What a stop kept from being run is no failure: it is run when the command is started again.
+        why = _record_lost(plan, Condition(describe(overrides), dict(overrides)), lost) if lost or not stop() else ""
         log.console.print(f"point {point_name(overrides)} {why or 'has ended'}", soft_wrap=True)
 
     config = plan.config

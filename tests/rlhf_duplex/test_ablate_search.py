@@ -1,6 +1,7 @@
 """Points that Optuna proposes, with paths of every kind, and points that Ray loses."""
 
 import json
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -71,3 +72,23 @@ def test_a_point_that_ray_loses_is_a_failure_with_its_reason(tmp_path, one_of_ea
     assert "was not run (InputError: gone.yaml does not exist)" in capsys.readouterr().out
     lost = read_record(tmp_path / "run", load_plan(path).trials[1].name)
     assert (lost.status, lost.kind, lost.attempts) == ("failed", "InputError", 1)
+
+
+def test_a_point_that_a_stop_kept_from_being_run_is_no_failure(tmp_path, one_of_each, begin, monkeypatch):
+    pytest.importorskip("optuna", reason="an extra: pip install rlhf-duplex[search]; part of [dev]")
+    base = write_base(tmp_path, one_of_each)
+    path = tmp_path / "ablation.yaml"
+    path.write_text(f"base: {base}\nrun_dir: {tmp_path}/run\nseeds: [3]\nworkers: 1\n" + SEARCH)
+    finished_base(path, begin)
+    point = {"rewards.trouble.value": 0.25}
+
+    def run_search(search, root, known, make_jobs, workers, config, stopping, ended):
+        kept = json.dumps({"number": 0, "overrides": point})
+        write_text(root / "points" / f"{point_name(point)}.json", kept)
+        signal.raise_signal(signal.SIGINT)
+        ended(point, "")
+
+    monkeypatch.setattr(ray_tune, "run_search", run_search)
+    assert main(["ablate", str(path)]) == 0
+    states = pd.read_csv(tmp_path / "run" / "trials.csv", keep_default_na=False)
+    assert states["status"].tolist() == ["done", "not run"]
